@@ -1,0 +1,48 @@
+# make help lists the targets. PYTHON names the interpreter that .venv is made from (default: Debian's own).
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= /usr/bin/python3
+BIN := .venv/bin
+COVERED := sgx tee enclave attestation shield
+comma := ,
+empty :=
+space := $(empty) $(empty)
+
+.PHONY: help setup demo test unit lint bench conformance lock clean
+
+help: ## this text
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## install what is missing (Debian packages as root, Python packages into .venv)
+	@PYTHON='$(PYTHON)' scripts/setup
+
+demo: setup ## an image becomes an enclave container, is attested and gets a secret (ARGS=--help)
+	@$(BIN)/python demo/run.py $(ARGS)
+
+test: setup ## all tests, with branch coverage of what decides (ARGS=-k name)
+	@rm -f .coverage .coverage.*
+	$(BIN)/coverage run --branch -m pytest $(ARGS)
+	@$(BIN)/coverage report --skip-empty --include='$(subst $(space),$(comma),$(foreach p,$(COVERED),*/inclavare/$(p)/*))'
+
+unit: setup ## the unit tests only: no containers, no daemons (ARGS=-k name)
+	$(BIN)/python -m pytest tests/unit $(ARGS)
+
+lint: setup ## ruff, mypy --strict, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup ## ratios against runc and crun, side by side (ARGS=--json)
+	@$(BIN)/python bench/run.py $(ARGS)
+
+conformance: setup ## suites that others wrote, given by path (ARGS=--help)
+	@$(BIN)/python tests/conformance/run.py $(ARGS)
+
+lock: ## make the lock files anew (needs uv)
+	scripts/lock
+
+clean: ## remove .venv and everything generated
+	rm -rf .venv .coverage .coverage.* htmlcov build dist .cache
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
