@@ -1,0 +1,128 @@
+"""The low-level runtime: crun where it can run, else runc; by configuration either.
+
+crun refuses to work on a host whose cgroup v1 hierarchy has a v2 mount with a left-over controller ("cgroups in hybrid
+mode not supported"). In a private mount namespace where an empty tmpfs covers that v2 mount it works. Only
+``/sys/fs/cgroup`` is made private there, so every other mount propagates as before.
+"""
+
+from __future__ import annotations
+
+import os
+
+from . import kernel
+
+CGROUP_ROOT = "/sys/fs/cgroup"
+#: What Debian and others set for root; used where a caller (containerd's shim, for one) passes no PATH.
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+#: Holds a link named ``runc`` to rune, for containerd's shim; never a low-level runtime.
+SHIM_DIRECTORY = "/usr/local/lib/inclavare/shim"
+
+#: Options of runc that crun does not have: name → whether a value follows.
+_ONLY_RUNC = {"--criu": True}
+
+
+class NoRuntimeError(Exception):
+    """Neither crun nor runc can be used; the text says why and what to do."""
+
+
+def find(name: str) -> str | None:
+    """The path of a program, or ``None``; a path is taken as it is."""
+    if "/" in name:
+        return name if os.access(name, os.X_OK) else None
+    for directory in os.environ.get("PATH", DEFAULT_PATH).split(":") + ["/usr/bin", "/usr/sbin"]:
+        if directory and directory != SHIM_DIRECTORY:
+            path = f"{directory}/{name}"
+            if os.access(path, os.X_OK) and not os.path.isdir(path):
+                return path
+    return None
+
+
+def crun_needs_private_cgroups() -> bool:
+    """Whether this host has the hybrid cgroup layout that crun refuses."""
+    try:
+        fd = os.open(f"{CGROUP_ROOT}/unified/cgroup.controllers", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return bool(os.read(fd, 1))
+    finally:
+        os.close(fd)
+
+
+def hide_unified_cgroup() -> None:
+    """Cover the v2 mount for this process; call in a private mount namespace.
+
+    Raises:
+        OSError: the kernel refused (no CAP_SYS_ADMIN).
+    """
+    kernel.mount(None, CGROUP_ROOT, None, kernel.MS_PRIVATE)
+    flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
+    kernel.mount("tmpfs", f"{CGROUP_ROOT}/unified", "tmpfs", flags, "size=64k,mode=755")
+
+
+def select(setting: str, root: str, container: str | None) -> str:
+    """The runtime's path, with crun's cgroup view prepared in this process.
+
+    Args:
+        setting: ``auto``, ``crun``, ``runc`` or a path.
+        root: ``--root``; a container that runc made is runc's for life, one that crun made is crun's.
+        container: the container's id, where the command names one that may exist.
+
+    Raises:
+        NoRuntimeError: nothing usable.
+    """
+    if setting == "auto":
+        made_by_runc = container is not None and os.path.exists(f"{root}/{container}/state.json")
+        names = ("runc", "crun") if made_by_runc else ("crun", "runc")
+    else:
+        names = (setting,)
+    reasons = []
+    for name in names:
+        path = find(name)
+        if path is None:
+            reasons.append(f"{name} is not installed")
+        elif not is_crun(path):
+            return path
+        elif not crun_needs_private_cgroups():
+            return path
+        else:
+            try:
+                kernel.unshare(kernel.CLONE_NEWNS)
+                hide_unified_cgroup()
+                return path
+            except OSError as error:
+                reasons.append(f"{name} cannot run on this host's hybrid cgroups ({error})")
+    raise NoRuntimeError(
+        "no low-level runtime: " + ", ".join(reasons) + ". Install one (apt-get install crun) "
+        "or name it in /etc/inclavare/config.toml, [runtime] low_level [rune.runtime.missing]"
+    )
+
+
+def is_crun(path: str) -> bool:
+    """Whether the program's name says that it is crun."""
+    return os.path.basename(path).startswith("crun")
+
+
+def arguments(path: str, root: str, global_options: list[str], rest: list[str]) -> list[str]:
+    """The argument vector for the low-level runtime, without what it does not know.
+
+    Args:
+        path: the program.
+        root: state directory.
+        global_options: runc's global options as given, ``--root`` left out.
+        rest: the command and its arguments.
+    """
+    options = global_options
+    if is_crun(path):
+        options = []
+        skip = False
+        for option in global_options:
+            if skip:
+                skip = False
+                continue
+            name = option.partition("=")[0]
+            if name in _ONLY_RUNC:
+                skip = _ONLY_RUNC[name] and "=" not in option
+                continue
+            options.append(option)
+    return [path, "--root", root, *options, *rest]

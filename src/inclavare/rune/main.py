@@ -1,0 +1,292 @@
+"""Entry point: read the command line as runc does, find out whether an enclave is meant, forward if not."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from . import low_level, settings
+
+#: Global options of runc (and crun) that take a value.
+VALUE_OPTIONS = {"--root", "--log", "--log-format", "--criu", "--rootless", "--cgroup-manager"}
+FLAG_OPTIONS = {"--debug", "--systemd-cgroup"}
+
+#: Options of ``create``, ``run`` and ``restore`` that take a value, runc's and crun's together.
+CREATE_VALUES = {"--bundle", "-b", "--console-socket", "--pid-file", "--preserve-fds", "--config", "-f"}
+
+#: Commands whose first positional argument is a container id → options that take a value.
+COMMANDS: dict[str, set[str]] = {
+    "create": CREATE_VALUES,
+    "run": CREATE_VALUES,
+    "start": set(),
+    "state": set(),
+    "kill": set(),
+    "delete": {"--regex"},
+    "exec": {
+        "--console-socket", "--cwd", "--env", "-e", "--user", "-u", "--additional-gids", "-g", "--process", "-p",
+        "--pid-file", "--process-label", "--apparmor", "--cap", "-c", "--preserve-fds", "--cgroup", "--console",
+    },
+    "ps": {"--format", "-f"},
+    "pause": set(),
+    "resume": set(),
+    "update": {
+        "--resources", "-r", "--blkio-weight", "--cpu-period", "--cpu-quota", "--cpu-share", "--cpu-rt-period",
+        "--cpu-rt-runtime", "--cpuset-cpus", "--cpuset-mems", "--kernel-memory", "--kernel-memory-tcp", "--memory",
+        "--memory-reservation", "--memory-swap", "--pids-limit", "--l3-cache-schema", "--mem-bw-schema",
+        "--cpu-burst", "--cpu-idle",
+    },
+    "events": {"--interval"},
+    "checkpoint": {"--image-path", "--work-path", "--parent-path", "--manage-cgroups-mode", "--empty-ns", "--page-server",
+                   "--status-fd", "--lazy-pages"},
+    "restore": CREATE_VALUES | {"--image-path", "--work-path", "--manage-cgroups-mode", "--empty-ns", "--lsm-profile",
+                                "--lsm-mount-context"},
+}  # fmt: skip
+OTHER_COMMANDS = {"list", "spec", "features", "help"}
+
+
+class Call:
+    """One invocation, split but not changed.
+
+    Attributes:
+        root: ``--root``, absolute.
+        log: ``--log``, absolute, or ``None``.
+        log_format: ``text`` or ``json``.
+        options: the other global options as given (``--log`` among them).
+        command: the command's name, empty if none was given.
+        rest: everything after the command.
+        values: the command's value options, the last of each.
+        flags: the command's other options.
+        positional: what remains; the container id first.
+        usage_error: what is wrong with the line, if anything is.
+    """
+
+    __slots__ = (
+        "command", "flags", "log", "log_format", "options", "positional", "rest", "root", "usage_error", "values",
+    )  # fmt: skip
+
+    def __init__(self, argv: list[str]) -> None:
+        self.root = "/run/rune"
+        if os.geteuid() != 0 and "XDG_RUNTIME_DIR" in os.environ:
+            self.root = os.environ["XDG_RUNTIME_DIR"] + "/rune"
+        self.log: str | None = None
+        self.log_format = "text"
+        self.options: list[str] = []
+        self.command = ""
+        self.rest: list[str] = []
+        self.values: dict[str, str] = {}
+        self.flags: set[str] = set()
+        self.positional: list[str] = []
+        self.usage_error = ""
+        self._globals(argv)
+        if self.command in COMMANDS:
+            self._command(COMMANDS[self.command])
+
+    @property
+    def container(self) -> str | None:
+        """The container id, if the command names one."""
+        return self.positional[0] if self.positional else None
+
+    def _globals(self, argv: list[str]) -> None:
+        index = 0
+        while index < len(argv):
+            word = argv[index]
+            index += 1
+            if not word.startswith("-"):
+                self.command, self.rest = word, argv[index:]
+                return
+            if word in ("-h", "--help", "-v", "--version", "-V"):
+                self.command, self.rest = word.lstrip("-"), argv[index:]
+                return
+            name, equals, value = word.partition("=")
+            if name.startswith("-") and not name.startswith("--"):
+                name = "-" + name  # runc's option parser takes -root as --root
+            if name in VALUE_OPTIONS:
+                if not equals:
+                    if index == len(argv):
+                        self.usage_error = f"option {name} needs a value"
+                        return
+                    value = argv[index]
+                    index += 1
+                self._global(name, value)
+            elif name in FLAG_OPTIONS:
+                if value not in ("false", "0"):
+                    self.options.append(name)
+            else:
+                self.usage_error = f"unknown option {word}"
+                return
+
+    def _global(self, name: str, value: str) -> None:
+        if name == "--root":
+            self.root = os.path.abspath(value)
+            return
+        if name == "--log":
+            if value.startswith("file:"):
+                value = value[5:]
+            if ":" not in value or value.startswith("/"):
+                value = os.path.abspath(value)  # enclave containers are created from another directory
+            self.log = value
+        elif name == "--log-format":
+            self.log_format = value
+        self.options += [name, value]
+
+    def _command(self, with_value: set[str]) -> None:
+        index = 0
+        while index < len(self.rest):
+            word = self.rest[index]
+            index += 1
+            if word == "--":
+                self.positional += self.rest[index:]
+                return
+            if not word.startswith("-") or word == "-":
+                self.positional.append(word)
+                if self.command in ("exec", "kill"):
+                    self.positional += self.rest[index:]
+                    return
+                continue
+            name, equals, value = word.partition("=")
+            if name in with_value:
+                if not equals:
+                    if index == len(self.rest):
+                        self.usage_error = f"option {name} needs a value"
+                        return
+                    value = self.rest[index]
+                    index += 1
+                self.values[name] = value
+            elif not name.startswith("--") and name[:2] in with_value:
+                self.values[name[:2]] = word[2:]
+            else:
+                self.flags.add(word)
+
+
+def read_config(path: str) -> object:
+    """The bundle's configuration; ``None`` if it cannot be read, so that the slow path says why.
+
+    CPython's own JSON scanner is used without the ``json`` package, whose import costs more than the whole parse.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            chunks = []
+            while chunk := os.read(fd, 1 << 20):
+                chunks.append(chunk)
+        finally:
+            os.close(fd)
+        text = b"".join(chunks).decode()
+    except (OSError, UnicodeDecodeError):
+        return None
+    try:
+        from _json import make_scanner
+
+        scanner = make_scanner(_Scanner)
+    except (ImportError, TypeError, AttributeError):
+        import json
+
+        scanner = json.JSONDecoder().scan_once
+    start = len(text) - len(text.lstrip())
+    try:
+        value, end = scanner(text, start)
+    except (StopIteration, ValueError):
+        return None
+    return value if not text[end:].strip() else None
+
+
+class _Scanner:
+    """What ``_json.make_scanner`` reads its settings from."""
+
+    strict = True
+    object_hook = None
+    object_pairs_hook = None
+    parse_float = float
+    parse_int = int
+    parse_constant = float
+    memo: dict[str, str] = {}  # noqa: RUF012
+
+
+def wants_enclave(config: object, bundle: str) -> bool:
+    """Whether a bundle asks for an enclave: environment, annotation, or an image that was built as an enclave image."""
+    if not isinstance(config, dict):
+        return True  # malformed: the slow path refuses it with a clear error
+    try:
+        for entry in (config.get("process") or {}).get("env") or ():
+            if entry.startswith("ENCLAVE_TYPE="):
+                return True
+        annotations = config.get("annotations") or {}
+        if annotations.get("enclave.type"):
+            return True
+        rootfs = config["root"]["path"]
+        if not rootfs.startswith("/"):
+            rootfs = f"{bundle}/{rootfs}"
+        return os.path.lexists(f"{rootfs}/.inclavare/manifest.json")
+    except (AttributeError, TypeError, KeyError):
+        return False  # the low-level runtime names what is missing
+
+
+def quote(root: str) -> str:
+    """A file name that stands for a ``--root`` directory, one to one."""
+    return root.replace("%", "%25").replace("/", "%2F")
+
+
+def enclave_directory(run_dir: str, root: str, container: str) -> str:
+    """Where rune keeps what it knows of an enclave container."""
+    return f"{run_dir}/enclaves/{quote(root)}/{container}"
+
+
+def is_safe_id(container: str) -> bool:
+    """Whether an id can be a file name (crun and runc check theirs themselves)."""
+    return container not in ("", ".", "..") and "/" not in container and "\0" not in container
+
+
+def concerns_enclave(call: Call, run_dir: str) -> bool:
+    """Whether the slow path has to handle this call."""
+    if call.usage_error or call.command not in COMMANDS:
+        return call.command not in ("list", "spec") or bool(call.usage_error)
+    container = call.container
+    if container is None:
+        return call.command in ("create", "run")  # says which argument is missing
+    if call.command == "events":
+        return True  # crun has no such command
+    if not is_safe_id(container):
+        return True
+    if call.command in ("create", "run"):
+        bundle = call.values.get("--bundle") or call.values.get("-b") or "."
+        name = call.values.get("--config") or call.values.get("-f") or f"{bundle}/config.json"
+        if wants_enclave(read_config(name), bundle):
+            return True
+    return os.path.lexists(enclave_directory(run_dir, call.root, container))
+
+
+def main(site_packages: str | None = None) -> None:
+    """Run one command and leave the process.
+
+    Args:
+        site_packages: where third-party packages are, for a launcher that started Python without them.
+    """
+    call = Call(sys.argv[1:])
+    try:
+        run_dir, setting = settings.load()
+        if not concerns_enclave(call, run_dir):
+            path = low_level.select(setting, call.root, call.container)
+            argv = low_level.arguments(path, call.root, call.options, [call.command, *call.rest])
+            os.execv(path, argv)
+    except low_level.NoRuntimeError as error:
+        from .report import fail
+
+        fail(call, str(error))
+    except OSError as error:
+        from .report import fail
+
+        fail(call, f"{error} [rune.forward.failed]")
+    except Exception as error:
+        from .report import fail, one_line
+
+        fail(call, one_line(error))
+    if site_packages is not None and site_packages not in sys.path:
+        sys.path.append(site_packages)
+    from .dispatch import dispatch
+
+    dispatch(call)
+
+
+def console_main() -> None:
+    """Entry point of the ordinary console script; the launcher is quicker (:mod:`inclavare.rune.launcher`)."""
+    main()
