@@ -87,7 +87,7 @@ class Platform(Protocol):
         """A quote over a 432-byte REPORT that is targeted at the quoting enclave."""
 
     def collateral(self) -> dict[str, Any]:
-        """The collateral for this platform's quotes, in dcap-qvl's JSON layout (``pck_crl`` … ``qe_identity_signature``)."""
+        """The collateral for this platform's quotes, in dcap-qvl's JSON layout (``pck_crl`` … ``tcb_info``)."""
 
     def root_ca(self) -> bytes:
         """The platform's root CA certificate, DER."""

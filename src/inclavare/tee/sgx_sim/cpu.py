@@ -1,0 +1,295 @@
+"""The simulated processor: ECREATE, EADD, EEXTEND, EINIT, EREPORT, EGETKEY and EREMOVE on SECS and EPCM.
+
+Each instruction performs the checks that the SDM (vol. 3D, chapter 40) lists for it. Pages are kept as runs, so that an
+EPCM for a large heap of zero pages stays small; contents are encrypted as soon as they are added.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from enum import Enum
+
+from ...errors import IntegrityError, PlatformError
+from ...sgx import keys, report, sigstruct
+from ...sgx.image import PAGE_SIZE, PT_REG, PT_TCS, SECINFO_R, SECINFO_W, SECINFO_X, EnclaveImage, PageRun
+from ...sgx.measure import Measurement
+from ...sgx.structs import (
+    ATTRIBUTE_EINITTOKENKEY,
+    ATTRIBUTE_INIT,
+    ATTRIBUTE_MODE64BIT,
+    ATTRIBUTE_PROVISIONKEY,
+    ATTRIBUTES_KNOWN,
+    XFRM_LEGACY,
+    Attributes,
+    KeyRequest,
+    Report,
+    ReportBody,
+    Sigstruct,
+    TargetInfo,
+    Tcs,
+)
+from .memory import ZERO_PAGE, MemoryEncryption, SealedPage
+
+#: XFRM bits that this processor has: x87, SSE, AVX, AVX-512, PKRU, AMX.
+_XFRM_KNOWN = 0x602E7
+#: MISCSELECT bits that it has: EXINFO, CPINFO.
+_MISC_KNOWN = 0x3
+_VENDOR_INTEL = 0x8086
+
+
+class State(Enum):
+    """The life of an enclave."""
+
+    BUILDING = "building"
+    INITIALISED = "initialised"
+    REMOVED = "removed"
+
+
+@dataclass(slots=True)
+class Secs:
+    """The processor's record of one enclave: SECS, and its part of the EPCM."""
+
+    size: int
+    ssa_frame_size: int
+    attributes: Attributes
+    miscselect: int
+    measurement: Measurement
+    state: State = State.BUILDING
+    identity: keys.Identity | None = None
+    runs: list[PageRun] = field(default_factory=list)
+    contents: dict[int, SealedPage] = field(default_factory=dict)
+
+    @property
+    def epc_pages(self) -> int:
+        """Pages in use, the SECS included; 0 once removed."""
+        return 0 if self.state is State.REMOVED else 1 + sum(run.count for run in self.runs)
+
+
+class Processor:
+    """One session of the simulated processor, with its own memory-encryption key.
+
+    Args:
+        roots: the platform's fuse keys and CPUSVN.
+    """
+
+    def __init__(self, roots: keys.RootKeys) -> None:
+        self._roots = roots
+        self._memory = MemoryEncryption()
+        self._report_key_id = os.urandom(32)
+
+    def load(self, image: EnclaveImage, signature: bytes, *, architectural: bool = False) -> Secs:
+        """ECREATE, then EADD and EEXTEND of every page, then EINIT."""
+        secs = self.ecreate(
+            image.size, image.ssa_frame_size, Attributes(image.attributes, image.xfrm), image.miscselect
+        )
+        for run in image.runs:
+            self.eadd(secs, run)
+        self.einit(secs, signature, architectural=architectural)
+        return secs
+
+    def ecreate(self, size: int, ssa_frame_size: int, attributes: Attributes, miscselect: int) -> Secs:
+        """ECREATE.
+
+        Args:
+            size: SECS.SIZE in bytes, a power of two of at least two pages.
+            ssa_frame_size: pages.
+
+        Raises:
+            IntegrityError: ``sgx.ecreate.*``: the processor would fault.
+        """
+        if size < 2 * PAGE_SIZE or size & (size - 1):
+            raise _refused("ecreate.size", "SECS.SIZE is not a power of two of at least two pages", size)
+        if ssa_frame_size < 1:
+            raise _refused("ecreate.ssaframesize", "SECS.SSAFRAMESIZE is zero", ssa_frame_size)
+        flags = attributes.flags
+        if flags & ~ATTRIBUTES_KNOWN or flags & ATTRIBUTE_INIT or not flags & ATTRIBUTE_MODE64BIT:
+            raise _refused(
+                "ecreate.attributes", "ATTRIBUTES are not those of a 64-bit enclave to be initialised", f"{flags:#x}"
+            )
+        if attributes.xfrm & XFRM_LEGACY != XFRM_LEGACY or attributes.xfrm & ~_XFRM_KNOWN:
+            raise _refused(
+                "ecreate.xfrm",
+                "XFRM lacks x87 or SSE, or names state that this processor has not",
+                f"{attributes.xfrm:#x}",
+            )
+        if miscselect & ~_MISC_KNOWN:
+            raise _refused("ecreate.miscselect", "MISCSELECT has a reserved bit", f"{miscselect:#x}")
+        measurement = Measurement()
+        measurement.ecreate(ssa_frame_size, size)
+        return Secs(size, ssa_frame_size, attributes, miscselect, measurement)
+
+    def eadd(self, secs: Secs, run: PageRun) -> None:
+        """EADD of each page of the run, each followed, if the run is measured, by EEXTEND of its 16 chunks.
+
+        Raises:
+            IntegrityError: ``sgx.eadd.*``: the processor would fault.
+        """
+        if secs.state is not State.BUILDING:
+            raise _refused("eadd.state", "pages cannot be added after EINIT", secs.state.value)
+        if run.end > secs.size:
+            raise _refused("eadd.range", "the page lies outside of the enclave", f"{run.end:#x}", f"<= {secs.size:#x}")
+        _check_secinfo(run)
+        at = bisect_left(secs.runs, run.offset, key=lambda other: other.offset)
+        if (at < len(secs.runs) and secs.runs[at].offset < run.end) or (at and secs.runs[at - 1].end > run.offset):
+            raise _refused("eadd.occupied", "there is a page already", f"{run.offset:#x}")
+        secs.measurement.add(run)
+        if run.data is not None:
+            view = memoryview(run.data)
+            for start in range(0, len(view), PAGE_SIZE):
+                page = view[start : start + PAGE_SIZE]
+                if page != ZERO_PAGE:
+                    secs.contents[run.offset + start] = self._memory.encrypt(run.offset + start, page)
+        # The contents live on as ciphertext only: the record of the run holds none.
+        secs.runs.insert(at, PageRun(run.offset, run.flags, run.count, None, run.measured))
+
+    def einit(self, secs: Secs, signature: bytes, *, architectural: bool = False) -> None:
+        """EINIT.
+
+        Args:
+            signature: SIGSTRUCT, 1808 bytes.
+            architectural: the platform's own enclaves may use the provisioning keys.
+
+        Raises:
+            IntegrityError: ``sgx.sigstruct.*`` or ``sgx.einit.*``, naming the field.
+        """
+        if secs.state is not State.BUILDING:
+            raise _refused("einit.state", "the enclave is initialised already", secs.state.value)
+        signed = Sigstruct.from_bytes(signature)
+        if signed.vendor not in (0, _VENDOR_INTEL):
+            raise _refused("sigstruct.vendor", "SIGSTRUCT.VENDOR is unknown", f"{signed.vendor:#x}", "0 or 0x8086")
+        sigstruct.verify(signed)
+        mrenclave = secs.measurement.digest()
+        if signed.enclave_hash != mrenclave:
+            raise _refused(
+                "einit.enclavehash",
+                "the SIGSTRUCT was made for another enclave",
+                mrenclave.hex(),
+                signed.enclave_hash.hex(),
+                "the image, its manifest or the runtime changed since it was signed: build or sign it again",
+            )
+        mask = Attributes.from_bytes(signed.attribute_mask)
+        wanted = Attributes.from_bytes(signed.attributes)
+        if secs.attributes.masked(mask) != wanted.masked(mask):
+            raise _refused(
+                "einit.attributes",
+                "the enclave's attributes are not those that its signer allows",
+                f"flags {secs.attributes.flags:#x}, xfrm {secs.attributes.xfrm:#x}",
+                f"flags {wanted.flags:#x} under mask {mask.flags:#x}, xfrm {wanted.xfrm:#x} under mask {mask.xfrm:#x}",
+                "load the enclave as it was signed (debug, XFRM), or sign it again",
+            )
+        if secs.miscselect & signed.misc_mask != signed.miscselect & signed.misc_mask:
+            raise _refused(
+                "einit.miscselect",
+                "the enclave's MISCSELECT is not the one that its signer allows",
+                f"{secs.miscselect:#x}",
+                f"{signed.miscselect:#x} under mask {signed.misc_mask:#x}",
+            )
+        if signed.cet_attributes & signed.cet_attributes_mask:
+            raise _refused("einit.cet", "the signer asks for CET, which this processor has not", signed.cet_attributes)
+        if secs.attributes.flags & (ATTRIBUTE_PROVISIONKEY | ATTRIBUTE_EINITTOKENKEY) and not architectural:
+            raise _refused(
+                "einit.provision",
+                "only the platform's own enclaves may use the provisioning and launch keys",
+                f"flags {secs.attributes.flags:#x}",
+            )
+        secs.identity = keys.Identity(
+            mrenclave=mrenclave,
+            mrsigner=sigstruct.mrsigner(signed.modulus),
+            attributes=Attributes(secs.attributes.flags | ATTRIBUTE_INIT, secs.attributes.xfrm),
+            isv_prod_id=signed.isv_prod_id,
+            isv_svn=signed.isv_svn,
+            miscselect=secs.miscselect,
+            isv_family_id=signed.isv_family_id,
+            isv_ext_prod_id=signed.isv_ext_prod_id,
+        )
+        secs.state = State.INITIALISED
+
+    def ereport(self, secs: Secs, target: TargetInfo, report_data: bytes) -> Report:
+        """EREPORT: ``report_data`` is 64 bytes."""
+        return report.ereport(self._roots, identity(secs), target, report_data, self._report_key_id)
+
+    def egetkey(self, secs: Secs, request: KeyRequest) -> bytes:
+        """EGETKEY, 16 bytes."""
+        return keys.egetkey(self._roots, identity(secs), request)
+
+    def verify_report(self, secs: Secs, received: Report) -> ReportBody:
+        """What code in the enclave does with a report that was directed at it.
+
+        Raises:
+            EvidenceError: the MAC does not verify.
+        """
+        return report.verify(self._roots, identity(secs), received)
+
+    def read(self, secs: Secs, offset: int, length: int) -> bytes:
+        """What code in the enclave reads at ``offset``.
+
+        Raises:
+            IntegrityError: a page that is not there or not readable, or that was changed from outside.
+        """
+        identity(secs)
+        out = bytearray()
+        while len(out) < length:
+            at = offset + len(out)
+            page = at - at % PAGE_SIZE
+            if not any(run.offset <= page < run.end and run.flags & SECINFO_R for run in secs.runs):
+                raise _refused("epcm.access", "no readable page", f"{at:#x}")
+            sealed = secs.contents.get(page)
+            plain = ZERO_PAGE if sealed is None else self._memory.decrypt(page, sealed)
+            out += plain[at - page : at - page + length - len(out)]
+        return bytes(out)
+
+    def eremove(self, secs: Secs) -> None:
+        """EREMOVE of every page and of the SECS. Idempotent."""
+        secs.state = State.REMOVED
+        secs.identity = None
+        secs.runs.clear()
+        secs.contents.clear()
+
+    @property
+    def cpusvn(self) -> bytes:
+        """16 bytes."""
+        return self._roots.cpusvn
+
+
+def identity(secs: Secs) -> keys.Identity:
+    """Who the enclave is.
+
+    Raises:
+        PlatformError: it is not initialised, or no more.
+    """
+    if secs.identity is None:
+        raise PlatformError(
+            "the enclave is not running", id="tee.enclave.state", found=secs.state.value, expected="initialised"
+        )
+    return secs.identity
+
+
+def _check_secinfo(run: PageRun) -> None:
+    kind = run.flags & 0xFF00
+    permissions = run.flags & (SECINFO_R | SECINFO_W | SECINFO_X)
+    if run.flags != kind | permissions or kind not in (PT_REG, PT_TCS):
+        raise _refused("eadd.secinfo", "SECINFO.FLAGS has a reserved bit or another page type", f"{run.flags:#x}")
+    if kind == PT_REG and permissions & SECINFO_W and not permissions & SECINFO_R:
+        raise _refused("eadd.secinfo", "a page cannot be writable without being readable", f"{run.flags:#x}")
+    if kind == PT_TCS:
+        if permissions:
+            raise _refused("eadd.secinfo", "a TCS page has no permissions", f"{run.flags:#x}")
+        for start in range(0, run.count * PAGE_SIZE, PAGE_SIZE):
+            tcs = Tcs.from_bytes(ZERO_PAGE if run.data is None else run.data[start : start + PAGE_SIZE])
+            if tcs.fslimit & 0xFFF != 0xFFF or tcs.gslimit & 0xFFF != 0xFFF:
+                raise _refused(
+                    "eadd.tcs",
+                    "TCS.FSLIMIT or GSLIMIT does not end in 0xfff",
+                    f"{tcs.fslimit:#x}, {tcs.gslimit:#x} at offset {run.offset + start:#x}",
+                )
+
+
+def _refused(
+    event: str, what: str, found: object, expected: object = None, remedy: str | None = None
+) -> IntegrityError:
+    instruction = event.partition(".")[0].upper()
+    return IntegrityError(
+        f"{instruction} refused: {what}", id=f"sgx.{event}", found=found, expected=expected, remedy=remedy
+    )
