@@ -8,9 +8,9 @@ only ``json``.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from ..config import parse_size
 from ..errors import InclavareError, IntegrityError, UsageError
@@ -20,15 +20,13 @@ SCHEMA = 1
 MAX_CANONICAL = 1 << 20
 
 _PAGE = 4096
-_RUNTIME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
-_USER = re.compile(r"\d{1,10}:\d{1,10}(,\d{1,10})*")
-_ENV_NAME = re.compile(r"[^=\0]+")
-_RESOURCE = re.compile(r"kbs(\+[a-z0-9_-]+)?://[^/\s]*/[^/\s]+/[^/\s]+/[^/\s]+")
+# Compiled when they are first needed: most starts need none of them.
+_RUNTIME = r"[a-z0-9][a-z0-9_-]{0,31}"
+_RESOURCE = r"kbs(\+[a-z0-9_-]+)?://[^/\s]*/[^/\s]+/[^/\s]+/[^/\s]+"
 _SEALED = ("sealed:mrenclave", "sealed:mrsigner")
 
 
-@dataclass(frozen=True, slots=True)
-class EnclaveSection:
+class EnclaveSection(NamedTuple):
     """``[enclave]``: the enclave's own properties.
 
     Attributes:
@@ -50,8 +48,7 @@ class EnclaveSection:
     runtime: str = "native"
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessSection:
+class ProcessSection(NamedTuple):
     """``[process]``: what is started, and what the host may add.
 
     Attributes:
@@ -65,7 +62,7 @@ class ProcessSection:
     """
 
     args: tuple[str, ...] = ()
-    env: dict[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = MappingProxyType({})
     env_from_host: tuple[str, ...] = ("HOSTNAME", "TERM", "container")
     args_from_host: bool = False
     cwd: str = "/"
@@ -79,20 +76,26 @@ class ProcessSection:
         Raises:
             UsageError: the user is a name that has not been resolved yet.
         """
-        if not _USER.fullmatch(self.user):
+        ids = _numeric_ids(self.user)
+        if ids is None:
             raise UsageError(
                 f"user {self.user!r} is not resolved",
                 id="enclave.manifest.user",
                 expected="uid:gid[,extra,…] in decimal",
                 remedy="build the image with inclavare build, which resolves names by the image's own /etc/passwd",
             )
-        uid, _, rest = self.user.partition(":")
-        gid, *extra = (int(part) for part in rest.split(","))
-        return int(uid), gid, tuple(extra)
+        return ids[0], ids[1], tuple(ids[2:])
 
 
-@dataclass(frozen=True, slots=True)
-class EncryptedVolume:
+def _numeric_ids(user: str) -> list[int] | None:
+    uid, colon, rest = user.partition(":")
+    parts = [uid, *rest.split(",")]
+    if not colon or not all(part.isascii() and part.isdigit() and len(part) <= 10 for part in parts):
+        return None
+    return [int(part) for part in parts]
+
+
+class EncryptedVolume(NamedTuple):
     """``[[files.encrypted]]``: a directory kept encrypted.
 
     Attributes:
@@ -104,8 +107,7 @@ class EncryptedVolume:
     key: str
 
 
-@dataclass(frozen=True, slots=True)
-class FilesSection:
+class FilesSection(NamedTuple):
     """``[files]``: which files are verified, and which are not. All paths are absolute and normalised."""
 
     trusted: tuple[str, ...] = ("/",)
@@ -114,8 +116,7 @@ class FilesSection:
     encrypted: tuple[EncryptedVolume, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Secret:
+class Secret(NamedTuple):
     """``[[secrets]]``: a secret fetched after attestation.
 
     Attributes:
@@ -131,8 +132,7 @@ class Secret:
     required: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class AttestationSection:
+class AttestationSection(NamedTuple):
     """``[attestation]``: the relying party.
 
     Attributes:
@@ -146,8 +146,7 @@ class AttestationSection:
     policy: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class ExecSection:
+class ExecSection(NamedTuple):
     """``[exec]``: commands that ``exec`` may start in the enclave.
 
     Attributes:
@@ -158,16 +157,15 @@ class ExecSection:
     commands: tuple[str | tuple[str, ...], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
+class Manifest(NamedTuple):
     """A complete manifest."""
 
-    enclave: EnclaveSection = field(default_factory=EnclaveSection)
-    process: ProcessSection = field(default_factory=ProcessSection)
-    files: FilesSection = field(default_factory=FilesSection)
+    enclave: EnclaveSection = EnclaveSection()
+    process: ProcessSection = ProcessSection()
+    files: FilesSection = FilesSection()
     secrets: tuple[Secret, ...] = ()
-    attestation: AttestationSection = field(default_factory=AttestationSection)
-    exec: ExecSection = field(default_factory=ExecSection)
+    attestation: AttestationSection = AttestationSection()
+    exec: ExecSection = ExecSection()
 
     @classmethod
     def parse(cls, text: str, name: str = "enclave.toml", base: Manifest | None = None) -> Manifest:
@@ -328,11 +326,11 @@ class Manifest:
 
     def with_process(self, **changes: Any) -> Manifest:
         """A copy with some of ``[process]`` replaced."""
-        return replace(self, process=replace(self.process, **changes))
+        return self._replace(process=self.process._replace(**changes))
 
     def with_enclave(self, **changes: Any) -> Manifest:
         """A copy with some of ``[enclave]`` replaced."""
-        return replace(self, enclave=replace(self.enclave, **changes))
+        return self._replace(enclave=self.enclave._replace(**changes))
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -441,7 +439,7 @@ def _path_below(path: _Path, value: Any) -> str:
 
 def _env_name(path: _Path, value: Any) -> str:
     text = _text(path, value)
-    if not _ENV_NAME.fullmatch(text):
+    if not text or "=" in text:
         raise _Wrong(path, "not a variable's name", found=_shown(text), expected="a name without '='")
     return text
 
@@ -495,7 +493,7 @@ def _tees(path: _Path, value: Any) -> tuple[str, ...]:
 
 def _runtime(path: _Path, value: Any) -> str:
     text = _text(path, value)
-    if not _RUNTIME.fullmatch(text):
+    if not re.fullmatch(_RUNTIME, text):
         raise _Wrong(
             path, "not a runtime's name", found=_shown(text), expected="an enclave runtime, for example native"
         )
@@ -508,14 +506,14 @@ def _user(path: _Path, value: Any) -> str:
         raise _Wrong(
             path, "not a user", found=_shown(value), expected='"uid:gid", "uid:gid,extra" or a name of /etc/passwd'
         )
-    if _USER.fullmatch(text) and any(int(part) > 0xFFFFFFFE for part in re.split("[:,]", text)):
+    if any(number > 0xFFFFFFFE for number in _numeric_ids(text) or ()):
         raise _Wrong(path, "out of range", found=text, expected="ids up to 4294967294")
     return text
 
 
 def _resource(path: _Path, value: Any) -> str:
     text = _text(path, value)
-    if not _RESOURCE.fullmatch(text):
+    if not re.fullmatch(_RESOURCE, text):
         raise _Wrong(path, "not a resource", found=_shown(text), expected="kbs:///repository/type/tag")
     return text
 
@@ -524,7 +522,7 @@ def _volume_key(path: _Path, value: Any) -> str:
     text = _text(path, value)
     if text in _SEALED:
         return text
-    if not _RESOURCE.fullmatch(text):
+    if not re.fullmatch(_RESOURCE, text):
         raise _Wrong(
             path, "not a key", found=_shown(text), expected=f"kbs:///repository/type/tag, {' or '.join(_SEALED)}"
         )
@@ -610,10 +608,10 @@ def _build(document: dict[str, Any], base: Manifest, *, complete: bool) -> Manif
             _need((section,), fields, sorted(known))
         if section == "process" and "env" in fields and not complete:
             fields["env"] = {**base.process.env, **fields["env"]}
-        changes[section] = replace(getattr(base, section), **fields)
+        changes[section] = getattr(base, section)._replace(**fields)
     if "secrets" in document:
         changes["secrets"] = _list(_secret, "tables")(("secrets",), document["secrets"])
-    return replace(base, **changes)
+    return base._replace(**changes)
 
 
 def _shown(value: object) -> str:

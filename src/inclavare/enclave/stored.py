@@ -11,8 +11,8 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import IntegrityError, ResourceError, UsageError
 from .manifest import MAX_CANONICAL, Manifest
@@ -30,8 +30,7 @@ MAX_TREE = 1 << 30
 MAX_SOURCE = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(NamedTuple):
     """The contents of ``/.inclavare/``.
 
     Attributes:

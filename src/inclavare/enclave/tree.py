@@ -13,9 +13,9 @@ import struct
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import IntegrityError, ResourceError, UsageError
 
@@ -44,8 +44,7 @@ MAX_DEPTH = 512
 _THREADS_FROM = 4 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):
     """One path of the tree.
 
     Attributes:
@@ -429,8 +428,7 @@ class _Entry:
         self.entries: list[_Entry] | None = None
 
 
-@dataclass(slots=True)
-class _Missing:
+class _Missing(NamedTuple):
     """A file whose block hashes the cache does not have."""
 
     entry: _Entry
@@ -530,14 +528,15 @@ def build(
     return Tree(data, trusted=True)
 
 
-@dataclass(slots=True)
-class _Frame:
+class _Frame(NamedTuple):
+    """An open directory; ``todo`` are its subdirectories that are still to be read."""
+
     fd: int
     path: bytes
     entry: _Entry
     keep: _Rules | None
     cut: _Rules
-    todo: list[tuple[_Entry, _Rules | None, _Rules]] = field(default_factory=list)
+    todo: list[tuple[_Entry, _Rules | None, _Rules]]
 
 
 def _scan(
@@ -547,7 +546,7 @@ def _scan(
     device = info.st_dev
     root = _Entry(b"", ord("d"), info)
     missing: list[_Missing] = []
-    frames = [_Frame(os.dup(root_fd), b"", root, keep, cut)]
+    frames = [_Frame(os.dup(root_fd), b"", root, keep, cut, [])]
     try:
         _read_directory(frames[0], cache, missing)
         while frames:
@@ -568,7 +567,7 @@ def _scan(
             except OSError as error:
                 error.filename = os.fsencode(rootfs) + b"/" + path
                 raise
-            frames.append(_Frame(fd, path + b"/", entry, below, cut_below))
+            frames.append(_Frame(fd, path + b"/", entry, below, cut_below, []))
             if os.fstat(fd).st_dev != device:
                 raise UsageError(
                     f"another file system is mounted at /{os.fsdecode(path)} in {rootfs}",
