@@ -9,6 +9,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import struct
+from collections.abc import Callable
+from functools import cache
 
 from ..errors import IntegrityError, PlatformError
 
@@ -20,6 +23,16 @@ RESOLVE_BENEATH = 0x08
 RESOLVE_IN_ROOT = 0x10
 
 _SYS_OPENAT2 = 437  # the same on every architecture
+
+
+@cache
+def _syscall() -> tuple[Callable[..., int], Callable[[], int]]:
+    import ctypes
+
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    call.restype = ctypes.c_long
+    call.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t]
+    return call, ctypes.get_errno
 
 
 def openat2(dir_fd: int, path: str | bytes, flags: int, resolve: int, mode: int = 0) -> int:
@@ -36,28 +49,17 @@ def openat2(dir_fd: int, path: str | bytes, flags: int, resolve: int, mode: int 
         OSError: as openat2(2); ``EXDEV`` and ``ELOOP`` where the path would have left the root or used a link.
         PlatformError: the kernel has no openat2.
     """
-    import ctypes
-
-    class OpenHow(ctypes.Structure):
-        _fields_ = [("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64)]
-
     name = os.fsencode(path)
     if b"\0" in name:
         raise OSError(errno.EINVAL, "embedded null byte", path)
-    how = OpenHow(flags | os.O_CLOEXEC, mode, resolve)
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.syscall.restype = ctypes.c_long
+    # struct open_how: three u64.
+    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, mode, resolve)
+    call, get_errno = _syscall()
     while True:
-        fd: int = libc.syscall(
-            ctypes.c_long(_SYS_OPENAT2),
-            ctypes.c_int(dir_fd),
-            ctypes.c_char_p(name),
-            ctypes.byref(how),
-            ctypes.c_size_t(ctypes.sizeof(how)),
-        )
+        fd: int = call(_SYS_OPENAT2, dir_fd, name, how, len(how))
         if fd >= 0:
             return fd
-        error = ctypes.get_errno()
+        error = get_errno()
         # EAGAIN: a rename raced with "..", the kernel asks for another try.
         if error in (errno.EAGAIN, errno.EINTR):
             continue

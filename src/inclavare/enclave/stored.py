@@ -12,7 +12,6 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 from ..errors import IntegrityError, ResourceError, UsageError
 from .manifest import MAX_CANONICAL, Manifest
@@ -30,7 +29,7 @@ MAX_TREE = 1 << 30
 MAX_SOURCE = 1 << 20
 
 
-class Stored(NamedTuple):
+class Stored:
     """The contents of ``/.inclavare/``.
 
     Attributes:
@@ -41,27 +40,40 @@ class Stored(NamedTuple):
         build: ``build.json``, informative: which inclavare built the image.
     """
 
-    manifest_json: bytes
-    tree_bytes: bytes
-    sigstruct: bytes | None
-    source: bytes = b""
-    build: bytes = b""
+    __slots__ = ("_manifest", "_tree", "build", "manifest_json", "sigstruct", "source", "tree_bytes")
 
+    def __init__(
+        self, manifest_json: bytes, tree_bytes: bytes, sigstruct: bytes | None, source: bytes = b"", build: bytes = b""
+    ) -> None:
+        self.manifest_json = manifest_json
+        self.tree_bytes = tree_bytes
+        self.sigstruct = sigstruct
+        self.source = source
+        self.build = build
+        self._manifest: Manifest | None = None
+        self._tree: Tree | None = None
+
+    @property
     def manifest(self) -> Manifest:
         """The parsed manifest.
 
         Raises:
             IntegrityError: damaged.
         """
-        return Manifest.from_canonical(self.manifest_json)
+        if self._manifest is None:
+            self._manifest = Manifest.from_canonical(self.manifest_json)
+        return self._manifest
 
+    @property
     def tree(self) -> Tree:
         """The file tree, not yet verified (:meth:`Tree.verify_root`).
 
         Raises:
             IntegrityError: damaged.
         """
-        return Tree.from_bytes(self.tree_bytes)
+        if self._tree is None:
+            self._tree = Tree.from_bytes(self.tree_bytes)
+        return self._tree
 
 
 def read(rootfs: Path | int) -> Stored | None:
