@@ -72,7 +72,7 @@ class InclavareError(Exception):
             parts.append(f"expected {self.expected}")
         text = ": ".join(parts[:1]) + ("" if len(parts) == 1 else " (" + ", ".join(parts[1:]) + ")")
         if self.remedy:
-            text += f". {self.remedy}"
+            text += f". {self.remedy[:1].upper()}{self.remedy[1:]}"
         return f"{text} [{self.id}]"
 
 

@@ -42,6 +42,8 @@ COMMANDS: dict[str, set[str]] = {
                                 "--lsm-mount-context"},
 }  # fmt: skip
 OTHER_COMMANDS = {"list", "spec", "features", "help"}
+#: What differs for a container that is known to be an enclave; the rest is the low-level runtime's as it is.
+ALTERED = {"create", "run", "state", "exec", "delete", "checkpoint", "restore"}
 
 
 class Call:
@@ -239,14 +241,14 @@ def is_safe_id(container: str) -> bool:
 def concerns_enclave(call: Call, run_dir: str) -> bool:
     """Whether the slow path has to handle this call."""
     if call.usage_error or call.command not in COMMANDS:
-        return call.command not in ("list", "spec") or bool(call.usage_error)
+        return call.command != "spec"
     container = call.container
     if container is None:
         return call.command in ("create", "run")  # says which argument is missing
-    if call.command == "events":
-        return True  # crun has no such command
-    if not is_safe_id(container):
-        return True
+    if call.command == "events" or not is_safe_id(container):
+        return True  # crun has no events
+    if call.command not in ALTERED:
+        return False
     if call.command in ("create", "run"):
         bundle = call.values.get("--bundle") or call.values.get("-b") or "."
         name = call.values.get("--config") or call.values.get("-f") or f"{bundle}/config.json"

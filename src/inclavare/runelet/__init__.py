@@ -1,0 +1,1 @@
+"""The enclave's host process: it loads the enclave, serves what the container needs, and ends with the container."""

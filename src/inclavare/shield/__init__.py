@@ -1,0 +1,1 @@
+"""What the container sees of the world: the verified root, the encrypted layer above it, ``/dev/attestation``."""

@@ -1,0 +1,361 @@
+"""The runelet's life: admit, measure, load, mount, serve, and take everything back."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..enclave import stored as stored_files
+from ..enclave.manifest import Manifest
+from ..enclave.tree import DigestCache, Tree, build
+from ..errors import InclavareError, IntegrityError, PlatformError, PolicyError, ResourceError, UsageError
+from ..log import EventLog
+from ..runtimes.base import Container, EnclaveRuntime, Session, runtime
+from ..shield import mounts
+from ..tee.base import Enclave, Platform, canonical_name, usable_platform
+from . import admission
+from .control import ControlServer
+from .job import BUNDLE, CONTROL, MANIFEST, Job, remove_traces, write_meta
+
+
+class Runelet:
+    """One enclave and what serves its container."""
+
+    def __init__(self, job: Job, guard: socket.socket) -> None:
+        self._job = job
+        self._guard = guard
+        self._log = EventLog(job.node.log_dir / "runelet.log", container=job.id, process="runelet")
+        self._enclave: Enclave | None = None
+        self._session: Session | None = None
+        self._control: ControlServer | None = None
+        self._container: int | None = None
+        self._violations: set[str] = set()
+
+    # --- start
+
+    def start(self) -> dict[str, Any]:
+        """Make the enclave and everything that its container needs; returns what rune needs to go on.
+
+        Raises:
+            InclavareError: refused or impossible; the caller ends the process, which takes everything back.
+        """
+        _harden()
+        mounts.private_namespace()
+        job = self._job
+        contents = self._open_rootfs()
+        stored = stored_files.read(contents)
+        tee = self._tee(stored)
+        platform = usable_platform(tee, job.node)
+        manifest, tree = self._identity(stored, tee, contents)
+        if tee not in manifest.enclave.tee:
+            raise PolicyError(
+                f"the manifest does not accept the enclave type {tee}",
+                id="admission.tee.refused",
+                found=tee,
+                expected=", ".join(manifest.enclave.tee),
+                remedy="set ENCLAVE_TYPE to one of these, or change [enclave] tee in enclave.toml and build again",
+            )
+        config = admission.admit(job.config, manifest)
+        _check_secrets(manifest)
+        kind = runtime(manifest.enclave.runtime)
+        container = Container(
+            job.id, manifest, config, tree, contents, job.places, self._on_violation, self._on_fault
+        )  # fmt: skip
+        prepared = kind.prepare(container)
+        try:
+            self._enclave = self._load(kind, platform, manifest, tree, stored)
+        except BaseException:
+            kind.abandon(prepared)
+            raise
+        self._session = kind.start(container, self._enclave, platform, prepared)
+        self._control = ControlServer(job.directory / CONTROL, job.id, self._enclave, platform, self._session.secrets)
+        self._control.start()
+        return self._publish(manifest, tee, self._enclave, self._session)
+
+    def _open_rootfs(self) -> int:
+        path = self._job.bundle / self._job.config["root"]["path"]
+        try:
+            return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UsageError(
+                f"the root file system {path} cannot be opened: {error.strerror}",
+                id="bundle.rootfs.missing",
+                remedy="correct root.path in config.json",
+            ) from None
+
+    def _tee(self, stored: stored_files.Stored | None) -> str:
+        value = admission.requested(self._job.config, "ENCLAVE_TYPE")
+        for variable, what in (("RUNE_CARRIER", "LibOS carrier"), ("ENCLAVE_RUNTIME_PATH", "PAL enclave runtime")):
+            carrier = admission.requested(self._job.config, variable)
+            if carrier:
+                raise PlatformError(
+                    f"{variable} asks for the {what} {carrier}, which this version does not have",
+                    id="runtime.carrier.missing",
+                    expected="the native enclave runtime",
+                    remedy=f"unset {variable}",
+                )
+        if value is not None:
+            return canonical_name(value)
+        if stored is None:
+            raise UsageError("no enclave type was named", id="tee.type.missing", remedy="set ENCLAVE_TYPE")
+        accepted = stored.manifest().enclave.tee
+        if len(accepted) != 1:
+            raise UsageError(
+                "the image can run on several TEE platforms and none was named",
+                id="tee.type.ambiguous",
+                expected=", ".join(accepted),
+                remedy="set ENCLAVE_TYPE to one of these; a simulated one is never chosen by itself",
+            )
+        return accepted[0]
+
+    def _identity(self, stored: stored_files.Stored | None, tee: str, contents: int) -> tuple[Manifest, Tree]:
+        """The manifest and the tree, as stored in the image or made here at first use."""
+        if stored is not None:
+            manifest, tree = stored.manifest(), stored.tree()
+            if admission.requested(self._job.config, "ENCLAVE_DEBUG") and not manifest.enclave.debug:
+                raise PolicyError(
+                    "ENCLAVE_DEBUG is set, but the image was signed as a production enclave",
+                    id="admission.debug.refused",
+                    remedy="unset it, or build the image with [enclave] debug = true",
+                )
+            tree.verify_root(tree.root)  # EINIT compares this root with the signed measurement
+            return manifest, tree
+        if tee not in self._job.node.on_node_signing:
+            raise PolicyError(
+                f"the image carries no enclave signature, and this node does not sign for {tee}",
+                id="admission.unsigned.refused",
+                expected="/.inclavare/ in the image",
+                remedy="build it with `inclavare build`, or add the platform to [signing] on_node "
+                "in /etc/inclavare/config.toml",
+            )
+        template = self._template()
+        fields = admission.manifest_fields(self._job.config, template)
+        debug = admission.requested(self._job.config, "ENCLAVE_DEBUG") or ""
+        manifest = _measured_at_first_use(template, fields, tee, debug=debug.lower() in ("1", "true", "yes"))
+        rootfs = Path(f"/proc/self/fd/{contents}")
+        cache = DigestCache(self._digest_cache())
+        tree = build(rootfs, cache=cache, trusted=manifest.files.trusted, allowed=manifest.files.allowed)
+        return manifest, tree
+
+    def _template(self) -> Manifest:
+        path = self._job.node.default_manifest
+        if path is None:
+            return Manifest.parse("", "built-in defaults")
+        try:
+            return Manifest.parse(path.read_text(), str(path))
+        except OSError as error:
+            raise UsageError(
+                f"the default manifest {path} cannot be read: {error.strerror}",
+                id="config.manifest.missing",
+                remedy="correct [signing] default_manifest in /etc/inclavare/config.toml",
+            ) from None
+
+    def _digest_cache(self) -> Path:
+        """One cache per image: containers of one image share the lower layers of their overlay mounts."""
+        from hashlib import sha256
+
+        rootfs = os.path.realpath(self._job.bundle / self._job.config["root"]["path"])
+        identity = rootfs
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as handle:
+            for line in handle:
+                fields = line.split()
+                if fields[4] == rootfs and "- overlay " in line:
+                    lower = next((o for o in fields[-1].split(",") if o.startswith("lowerdir=")), rootfs)
+                    # The first layer of Docker's is the container's own "-init" layer.
+                    identity = lower.partition(":")[2] or lower
+        name = sha256(os.fsencode(identity)).hexdigest()[:32]
+        return self._job.node.state_dir / "cache" / "digests" / name
+
+    def _load(
+        self,
+        kind: EnclaveRuntime,
+        platform: Platform,
+        manifest: Manifest,
+        tree: Tree,
+        stored: stored_files.Stored | None,
+    ) -> Enclave:
+        image = kind.image(manifest, tree.root)
+        if stored is None:
+            from ..enclave.signing import sign_on_node
+
+            sigstruct = sign_on_node(image, manifest, self._job.node)
+        elif stored.sigstruct is None:
+            raise IntegrityError(
+                "the image has a manifest but no signature",
+                id="enclave.sigstruct.missing",
+                expected="/.inclavare/sigstruct",
+                remedy="sign it with `inclavare sign`",
+            )
+        else:
+            sigstruct = stored.sigstruct
+        return platform.load(image, sigstruct, label=self._job.id)
+
+    def _publish(self, manifest: Manifest, tee: str, enclave: Enclave, session: Session) -> dict[str, Any]:
+        directory = self._job.directory
+        try:
+            bundle = directory / BUNDLE
+            bundle.mkdir(mode=0o700)
+            (bundle / "config.json").write_text(json.dumps(session.configure()))
+            (directory / MANIFEST).write_bytes(manifest.canonical())
+            write_meta(
+                directory,
+                tee=tee,
+                runtime=manifest.enclave.runtime,
+                mrenclave=enclave.mrenclave.hex(),
+                mrsigner=enclave.mrsigner.hex(),
+                debug=enclave.debug,
+                epc_pages=enclave.epc_pages,
+                runelet=os.getpid(),
+            )
+        except OSError as error:
+            raise ResourceError(
+                f"cannot write the container's state: {error.strerror}",
+                id="runelet.state.unwritable",
+                found=error.filename,
+                remedy="make room on that disk, or set run_dir in /etc/inclavare/config.toml",
+            ) from None
+        self._log.event(
+            "enclave.started", tee=tee, mrenclave=enclave.mrenclave.hex(), debug=enclave.debug, pages=enclave.epc_pages
+        )
+        return {"bundle": str(bundle), "mrenclave": enclave.mrenclave.hex()}
+
+    # --- life
+
+    def serve(self) -> str:
+        """Until the container ends or a part of the enclave fails; returns why."""
+        assert self._session is not None
+        wake, waker = os.pipe()
+        signal.signal(signal.SIGTERM, lambda *_: os.write(waker, b"t"))
+        poller = select.poll()
+        poller.register(wake, select.POLLIN)
+        poller.register(self._guard, select.POLLIN)
+        helpers = {os.pidfd_open(pid): pid for pid in self._session.processes()}
+        for fd in helpers:
+            poller.register(fd, select.POLLIN)
+        while True:
+            for fd, _ in poller.poll():
+                if fd == wake:
+                    return "container ended"
+                if fd == self._guard.fileno():
+                    message = self._guard.recv(64)
+                    if not message:
+                        return "guard died"
+                    self._container = os.pidfd_open(int(message))
+                elif fd in helpers:
+                    self._log.event("shield.encrypted.died", level="error", pid=helpers[fd], action="container killed")
+                    return "helper died"
+
+    def stop(self, why: str) -> None:
+        """Take everything back. The container is killed first if it still runs: it must not outlive its enclave."""
+        if why != "container ended" and self._container is not None:
+            try:
+                signal.pidfd_send_signal(self._container, signal.SIGKILL)
+                poller = select.poll()
+                poller.register(self._container, select.POLLIN)
+                poller.poll(5000)
+            except ProcessLookupError:
+                pass
+        if self._control is not None:
+            self._control.close()
+        if self._session is not None:
+            self._session.close()
+        if self._enclave is not None:
+            self._enclave.destroy()
+        if why == "guard died":
+            remove_traces(self._job.places, everything=False)
+        self._log.event("enclave.ended", reason=why)
+
+    def _on_violation(self, path: str, reason: str) -> None:
+        """The host's contents differ from the tree: said once for each path, refused every time."""
+        if path not in self._violations:
+            self._violations.add(path)
+            self._log.event("shield.tree.violation", level="error", path=path, reason=reason)
+
+    def _on_fault(self, error: BaseException) -> None:
+        self._log.event("shield.server.fault", level="error", trace="".join(traceback.format_exception(error)))
+
+
+def _harden() -> None:
+    """No core dump, no ptrace, no /proc/PID/mem for others."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    mounts.prctl(mounts.PR_SET_DUMPABLE, 0)
+    mounts.prctl(mounts.PR_SET_NAME, b"runelet")
+    os.umask(0o077)
+
+
+def _check_secrets(manifest: Manifest) -> None:
+    for secret in manifest.secrets:
+        if secret.required:
+            raise PlatformError(
+                f"the manifest requires the secret {secret.uri} before the start, and no key broker client is available",
+                id="runelet.secret.unavailable",
+                remedy="set required = false and release it with `inclavare secret get` after the start",
+            )
+
+
+def _measured_at_first_use(template: Manifest, fields: dict[str, Any], tee: str, *, debug: bool) -> Manifest:
+    measured = template.with_enclave(tee=(tee,), debug=template.enclave.debug or debug).with_process(
+        args=tuple(fields["args"]),
+        env=fields["env"],
+        cwd=fields["cwd"],
+        user=fields["user"],
+        hooks=tuple(tuple(hook) for hook in fields["hooks"]),
+    )
+    return measured._replace(
+        files=template.files._replace(allowed=tuple(fields["allowed"]), tmpfs=tuple(fields["tmpfs"]))
+    )
+
+
+def main(job: Job, guard: socket.socket, link: socket.socket) -> NoReturn:
+    """Body of the runelet process; never returns.
+
+    Args:
+        job: the container.
+        guard: to the guard, which sends the container's pid.
+        link: to rune, which waits for one JSON message: ``{"ready": …}`` with a mount namespace's file descriptor
+            beside it, or ``{"error": …}``.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    runelet = Runelet(job, guard)
+    try:
+        ready = runelet.start()
+        namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        socket.send_fds(link, [json.dumps({"ready": ready}).encode()], [namespace])
+        os.close(namespace)
+        link.close()
+        why = runelet.serve()
+    except InclavareError as error:
+        _send_error(link, error)
+        runelet.stop("start refused")
+        os._exit(1)
+    except BaseException as error:
+        trace = "".join(traceback.format_exception(error))
+        EventLog(job.node.log_dir / "runelet.log", container=job.id).event(
+            "runelet.fault", level="error", trace=trace
+        )  # fmt: skip
+        _send_error(
+            link,
+            InclavareError(
+                f"the runelet failed: {type(error).__name__}: {error}",
+                id="runelet.fault",
+                remedy=f"see {job.node.log_dir}/runelet.log and report it",
+            ),
+        )
+        runelet.stop("fault")
+        os._exit(1)
+    runelet.stop(why)
+    os._exit(0)
+
+
+def _send_error(link: socket.socket, error: InclavareError) -> None:
+    try:
+        link.sendall(json.dumps({"error": error.to_dict()}).encode())
+    except OSError:
+        pass  # rune is gone

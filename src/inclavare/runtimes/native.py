@@ -1,0 +1,183 @@
+"""The ``native`` runtime: the application runs on the host's kernel, inside what the runelet shields.
+
+There is no LibOS. The measured tree is its root, what it writes is encrypted, and the enclave's keys and reports reach it
+through ``/dev/attestation``. The application's own memory is not enclave memory: on ``sgx-sim`` this protects against other
+users and against changed images, not against the host's root (docs/threat-model.md).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..enclave.image import native_image
+from ..enclave.image import runtime_digest as _runtime_digest
+from ..enclave.manifest import Manifest
+from ..errors import PlatformError
+from ..sgx.image import EnclaveImage
+from ..shield import mounts
+from ..shield.attestfs import AttestFs, EnclaveCalls
+from ..shield.encrypted import KEY_SIZE, EncryptedDirectory
+from ..shield.root import ShieldedRoot
+from ..shield.secrets import Secret, SecretStore
+from ..tee.base import Enclave, Platform
+from .base import Container
+
+ATTESTATION = "/dev/attestation"
+
+
+class NativeRuntime:
+    """See the module."""
+
+    name = "native"
+
+    def image(self, manifest: Manifest, tree_root: bytes) -> EnclaveImage:
+        """Header, manifest, threads and heap; see docs/formats.md."""
+        return native_image(manifest, tree_root, _runtime_digest())
+
+    def prepare(self, container: Container) -> EncryptedDirectory:
+        """Start gocryptfs under a key that is drawn here and lives nowhere else."""
+        places = container.places
+        places.make()
+        key = Secret(os.urandom(KEY_SIZE))
+        try:
+            return EncryptedDirectory.start(places.cipher, places.layer, key)
+        finally:
+            key.wipe()
+
+    def abandon(self, prepared: EncryptedDirectory) -> None:
+        """Stop gocryptfs."""
+        prepared.stop()
+
+    def start(
+        self, container: Container, enclave: Enclave, platform: Platform, prepared: EncryptedDirectory
+    ) -> NativeSession:
+        """Mount root, volumes and ``/dev/attestation``."""
+        session = NativeSession(container, SecretStore(), [prepared])
+        try:
+            session.root = ShieldedRoot.mount(
+                container.places,
+                container.tree,
+                container.contents,
+                prepared,
+                on_violation=container.on_violation,
+                on_fault=container.on_fault,
+            )
+            for number, entry in enumerate(container.manifest.files.encrypted):
+                session.add_volume(number, entry.path, entry.key, enclave)
+            session.serve_attestation(enclave, platform)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+
+@dataclass(slots=True)
+class NativeSession:
+    """A prepared container of the native runtime."""
+
+    container: Container
+    secrets: SecretStore
+    encrypted: list[EncryptedDirectory]
+    root: ShieldedRoot | None = None
+    attestation: AttestFs | None = None
+    volumes: dict[str, Path] = field(default_factory=dict)
+
+    def add_volume(self, number: int, path: str, key: str, enclave: Enclave) -> None:
+        """Mount an encrypted volume: ciphertext in the host's bind mount for that path, or else in this start's scratch.
+
+        Raises:
+            PlatformError: the key's source cannot be used here.
+        """
+        policy = key.removeprefix("sealed:")
+        if policy not in ("mrenclave", "mrsigner") or not key.startswith("sealed:"):
+            raise PlatformError(
+                f"encrypted path {path}: the key {key} cannot be fetched",
+                id="runtime.volume.key",
+                expected="sealed:mrenclave or sealed:mrsigner",
+                remedy="change [[files.encrypted]] key in enclave.toml; keys from a key broker are not available yet",
+            )
+        # Two volumes of one enclave must not share a key stream, so the path separates them.
+        from hashlib import sha256
+
+        secret = Secret(sha256(b"inclavare.volume.v1\0" + path.encode() + b"\0" + enclave.seal_key(policy)).digest())
+        places = self.container.places
+        source = next((m["source"] for m in self.container.config["mounts"] if m["destination"] == path), None)
+        cipher = places.cipher / f"volume-{number}" if source is None else Path(source)
+        point = places.volumes / str(number)
+        try:
+            if source is None:
+                cipher.mkdir(mode=0o700)
+            point.mkdir(mode=0o700)
+            directory = EncryptedDirectory.start(cipher, point, secret)
+        finally:
+            secret.wipe()
+        self.encrypted.append(directory)
+        directory.wait()
+        self.volumes[path] = point
+
+    def serve_attestation(self, enclave: Enclave, platform: Platform) -> None:
+        """Mount ``/dev/attestation``.
+
+        Raises:
+            PlatformError: the mount failed.
+        """
+
+        def quote(report_data: bytes) -> bytes:
+            return platform.quote(enclave.report(platform.quote_target_info(), report_data))
+
+        user = (self.container.config.get("process") or {}).get("user") or {}
+        self.attestation = AttestFs(
+            EnclaveCalls(enclave.target_info, enclave.report, quote, enclave.seal_key),
+            self.secrets,
+            owner=(int(user.get("uid", 0)), int(user.get("gid", 0))),
+            on_fault=self.container.on_fault,
+        )
+        try:
+            self.attestation.mount(str(self.container.places.attestation))
+        except OSError as error:
+            raise PlatformError(
+                f"{ATTESTATION} could not be mounted: {error.strerror}",
+                id="runtime.attestation.mount",
+                remedy="load the fuse module and make sure that /dev/fuse exists (inclavare doctor)",
+            ) from None
+
+    def configure(self) -> dict[str, Any]:
+        """The admitted configuration on the shielded root, with the volumes and ``/dev/attestation``."""
+        config = copy.deepcopy(self.container.config)
+        config["root"]["path"] = str(self.container.places.root)
+        mounts_out = [mount for mount in config.get("mounts", []) if mount["destination"] not in self.volumes]
+        for path, point in self.volumes.items():
+            mounts_out.append(_bind(path, point, "nosuid", "nodev"))
+        mounts_out.append(_bind(ATTESTATION, self.container.places.attestation, "nosuid", "nodev", "noexec"))
+        config["mounts"] = mounts_out
+        return config
+
+    def processes(self) -> list[int]:
+        """The gocryptfs processes."""
+        return [directory.pid for directory in self.encrypted]
+
+    def close(self) -> None:
+        """Unmount everything and wipe the secrets."""
+        self.secrets.wipe()
+        mounts.umount(str(self.container.places.attestation))
+        for directory in self.encrypted[1:]:
+            directory.stop()
+        if self.root is not None:
+            self.root.unmount()
+            self.root = None
+        else:
+            self.encrypted[0].stop()
+            for point in mounts.mounted_below(str(self.container.places.base)):
+                mounts.umount(point)
+
+
+def _bind(destination: str, source: Path, *options: str) -> dict[str, Any]:
+    return {"destination": destination, "type": "bind", "source": str(source), "options": ["bind", "rw", *options]}
+
+
+RUNTIME = NativeRuntime()
+

@@ -1,0 +1,113 @@
+"""An encrypted directory: gocryptfs over a directory of the host, under a key that the host never sees.
+
+gocryptfs runs with an explicit master key that it reads from a pipe (never from argv or a file), so there is no
+configuration file and no password to stretch. The adversary who owns the directory sees sizes and times, can delete, and can
+put back old versions of whole files of the same mount; contents and names stay secret and cannot be changed unnoticed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from ..errors import PlatformError, ResourceError
+from . import mounts
+from .secrets import Secret
+
+KEY_SIZE = 32
+_DEADLINE_SECONDS = 10.0
+
+
+def _dies_with_parent() -> None:
+    mounts.prctl(mounts.PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class EncryptedDirectory:
+    """A mounted encrypted directory; the serving process ends with this one, whatever ends it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], mount_point: str) -> None:
+        self._process = process
+        self.mount_point = mount_point
+
+    @classmethod
+    def start(cls, cipher: Path, mount_point: Path, key: Secret) -> EncryptedDirectory:
+        """Begin to mount; :meth:`wait` returns when the directory is usable.
+
+        Args:
+            cipher: where ciphertext lies; exists.
+            mount_point: exists, empty.
+            key: 32 bytes.
+
+        Raises:
+            PlatformError: gocryptfs is not installed.
+        """
+        command = [
+            "gocryptfs", "-fg", "-q", "-nosyslog", "-allow_other", "-suid", "-dev", "-exec",
+            "-masterkey=stdin", "-deterministic-names", str(cipher), str(mount_point),
+        ]  # fmt: skip
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                preexec_fn=_dies_with_parent,
+                env={"PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), "HOME": "/"},
+            )
+        except FileNotFoundError:
+            raise PlatformError(
+                "gocryptfs is not installed; it encrypts what an enclave container writes",
+                id="shield.encrypted.missing",
+                remedy="apt-get install gocryptfs fuse3",
+            ) from None
+        assert process.stdin is not None
+        try:
+            with process.stdin:
+                process.stdin.write(key.reveal().hex().encode())
+        except BrokenPipeError:
+            pass  # wait() tells why it ended
+        return cls(process, str(mount_point))
+
+    @property
+    def pid(self) -> int:
+        """The serving process."""
+        return self._process.pid
+
+    def wait(self) -> None:
+        """Wait until the mount is there.
+
+        Raises:
+            ResourceError: gocryptfs ended or did not mount in time.
+        """
+        outside = os.stat(os.path.dirname(self.mount_point)).st_dev
+        deadline = time.monotonic() + _DEADLINE_SECONDS
+        while os.stat(self.mount_point).st_dev == outside:
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise ResourceError(
+                    "gocryptfs could not mount the encrypted layer",
+                    id="shield.encrypted.mount",
+                    found=self._last_words(),
+                    remedy="check that /dev/fuse exists and that the disk under state_dir has room",
+                )
+            time.sleep(0.001)
+
+    def _last_words(self) -> str:
+        self._process.kill()
+        _, errors = self._process.communicate()
+        return " ".join(errors.decode(errors="replace").split())[-400:] or f"exit {self._process.returncode}"
+
+    def alive(self) -> bool:
+        """Whether the serving process runs."""
+        return self._process.poll() is None
+
+    def stop(self) -> None:
+        """Unmount and end the process. Idempotent."""
+        mounts.umount(self.mount_point)
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        if self._process.stderr is not None:
+            self._process.stderr.close()
