@@ -12,8 +12,9 @@ import stat
 import struct
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
-from ..errors import IntegrityError, PlatformError
+from ..errors import IntegrityError, PlatformError, ResourceError
 
 #: ``resolve`` flags of ``struct open_how`` (openat2(2)).
 RESOLVE_NO_XDEV = 0x01
@@ -148,3 +149,30 @@ def read_in_root(root_fd: int, path: str, limit: int = 1 << 20) -> bytes | None:
         return read_regular(fd, path, limit)
     finally:
         os.close(fd)
+
+
+def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Write a file that is either complete or not there.
+
+    Raises:
+        OSError: as open(2), write(2) and rename(2); nothing half-written stays.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        with os.fdopen(fd, "wb") as handle:
+            handle.write(content)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def full_disk(what: str, error: OSError) -> ResourceError:
+    """The error for a write that failed for want of space."""
+    return ResourceError(
+        f"no space left for {what}",
+        id="enclave.disk.full",
+        found=error.strerror,
+        remedy="free some space, or set TMPDIR to a larger file system, and try again; nothing half-written was left",
+    )

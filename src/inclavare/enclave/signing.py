@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import Config
-from ..errors import IntegrityError, ResourceError, UsageError
+from ..errors import IntegrityError, UsageError
 from ..sgx import measure as sgx_measure
 from ..sgx import sigstruct as sgx_sigstruct
 from ..sgx.image import EnclaveImage
 from ..sgx.structs import Sigstruct
 from .manifest import Manifest
+from .paths import write_atomically
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
@@ -125,23 +126,6 @@ def load_or_make_key(path: Path) -> tuple[RSAPrivateKey, bool]:
             found=error.strerror,
             remedy="name a key with --key",
         ) from None
-
-
-def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:
-    """Write a file that is either complete or not there.
-
-    Raises:
-        OSError: as open(2), write(2) and rename(2); nothing half-written stays.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-        with os.fdopen(fd, "wb") as handle:
-            handle.write(content)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def signing_date() -> int:
@@ -305,66 +289,45 @@ def check_sigstruct(sigstruct: bytes, image: EnclaveImage, manifest: Manifest, m
     return parsed
 
 
-def cached_sigstruct(
-    image: EnclaveImage, manifest: Manifest, mrenclave: bytes, key_path: Path, cache_dir: Path
-) -> bytes:
-    """SIGSTRUCT by the node's own key, made at first use and kept.
+def sign_on_node(image: EnclaveImage, manifest: Manifest, config: Config) -> bytes:
+    """SIGSTRUCT by the node's own key for an image that carries none; made at first use and kept.
 
     Args:
         image: the pages.
         manifest: where ISVPRODID and ISVSVN come from.
-        mrenclave: MRENCLAVE of ``image``, 32 bytes.
-        key_path: the node's key; made if missing.
-        cache_dir: normally ``state_dir/cache/sigstructs``.
+        config: the node's; key and cache are in its ``state_dir``.
+
+    Returns:
+        1808 bytes. EINIT checks them against what it measured, so that on a cache hit nothing is measured here.
 
     Raises:
-        UsageError: the key is unusable.
+        UsageError: the node's key is unusable.
     """
+    key_path = config.node_signing_key
+    cache_dir = config.state_dir / "cache" / "sigstructs"
     try:
-        pem: bytes | None = key_path.read_bytes()
-    except OSError:
-        pem = None
-    if pem is not None:
-        known = cache_dir / _cache_name(image, manifest, mrenclave, pem)
-        try:
-            cached = known.read_bytes()
-            check_sigstruct(cached, image, manifest, mrenclave)
-            return cached
-        except (OSError, IntegrityError):
-            # Damage costs a signature, nothing else.
-            pass
+        cached = (cache_dir / _cache_name(image, manifest, key_path.read_bytes())).read_bytes()
+        sgx_sigstruct.verify(Sigstruct.from_bytes(cached))
+        return cached
+    except (OSError, IntegrityError):
+        # No key, no entry, or a damaged one: it costs a signature, nothing else.
+        pass
     key, _ = load_or_make_key(key_path)
-    made = sign_image(image, manifest, key, mrenclave=mrenclave)
+    made = sign_image(image, manifest, key)
     try:
         cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_atomically(cache_dir / _cache_name(image, manifest, mrenclave, key_path.read_bytes()), made, 0o600)
+        write_atomically(cache_dir / _cache_name(image, manifest, key_path.read_bytes()), made, 0o600)
     except OSError:
         pass
     return made
 
 
-def sign_on_node(image: EnclaveImage, manifest: Manifest, config: Config) -> bytes:
-    """SIGSTRUCT by the node's key for an image that carries none, 1808 bytes; see :func:`cached_sigstruct`.
-
-    Raises:
-        UsageError: the node's key is unusable.
-    """
-    mrenclave = sgx_measure.measure(image)
-    cache_dir = config.state_dir / "cache" / "sigstructs"
-    return cached_sigstruct(image, manifest, mrenclave, config.node_signing_key, cache_dir)
-
-
-def _cache_name(image: EnclaveImage, manifest: Manifest, mrenclave: bytes, pem: bytes) -> str:
-    # Attributes and SVNs are outside MRENCLAVE, so they have to be part of the name.
-    rest = (image.attributes, image.xfrm, image.miscselect, manifest.enclave.isv_prod_id, manifest.enclave.isv_svn)
-    return sha256(mrenclave + sha256(pem).digest() + repr(rest).encode()).hexdigest()
-
-
-def full_disk(what: str, error: OSError) -> ResourceError:
-    """The error for a write that failed for want of space."""
-    return ResourceError(
-        f"no space left for {what}",
-        id="enclave.disk.full",
-        found=error.strerror,
-        remedy="free some space, or set TMPDIR to a larger file system, and try again; nothing half-written was left",
-    )
+def _cache_name(image: EnclaveImage, manifest: Manifest, pem: bytes) -> str:
+    """Everything that the SIGSTRUCT depends on, without computing MRENCLAVE."""
+    running = sha256(sha256(pem).digest())
+    fixed = (image.size, image.ssa_frame_size, image.attributes, image.xfrm, image.miscselect)
+    running.update(repr((fixed, manifest.enclave.isv_prod_id, manifest.enclave.isv_svn)).encode())
+    for run in image.runs:
+        content = b"" if run.data is None else sha256(run.data).digest()
+        running.update(repr((run.offset, run.flags, run.count, run.measured)).encode() + content)
+    return running.hexdigest()

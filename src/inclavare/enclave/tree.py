@@ -472,6 +472,7 @@ def build(
     *,
     cache: DigestCache | None = None,
     progress: Callable[[int], None] | None = None,
+    total: Callable[[int], None] | None = None,
     trusted: Sequence[str] = ("/",),
     allowed: Sequence[str] = (),
 ) -> Tree:
@@ -483,6 +484,7 @@ def build(
         rootfs: the root directory; its top-level ``.inclavare`` is left out.
         cache: where block hashes of unchanged files come from; saved when the tree is done.
         progress: called with a number of bytes each time that many more have been hashed.
+        total: called once with the number of bytes that will be hashed.
         trusted: absolute paths that the tree covers; what is elsewhere does not exist for the enclave.
         allowed: absolute paths whose content is not verified: a directory is recorded without its entries,
             anything else is left out.
@@ -508,6 +510,8 @@ def build(
     gc.disable()
     try:
         root, missing = _scan(root_fd, rootfs, cache, _rules(trusted), _rules(allowed) or {})
+        if total is not None:
+            total(sum(item.entry.size for item in missing))
         if missing:
             _hash_files(root_fd, rootfs, missing, cache, progress)
         data = _serialise(root)
