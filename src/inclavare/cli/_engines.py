@@ -338,6 +338,9 @@ def _toml_drop(text: str, path: tuple[str, ...]) -> str:
 # --- containerd -------------------------------------------------------------------------------------------------------
 
 _CONTAINERD_NEW = "version = 2\n"
+#: A table of runtimes replaces containerd's default table, and CRI does not start without its default runtime.
+_DEFAULT_RUNC = {"runtime_type": "io.containerd.runc.v2"}
+_DEFAULT_COMMENT = "# containerd's own default, which any entry in this table would replace; added together with rune"
 _CRI = {2: "io.containerd.grpc.v1.cri", 3: "io.containerd.cri.v1.runtime", 4: "io.containerd.cri.v1.runtime"}
 
 
@@ -357,10 +360,19 @@ def containerd_add(text: str, rune: str) -> str:
     if not document:
         text = text.rstrip("\n") + "\n" + _CONTAINERD_NEW if text.strip() else _CONTAINERD_NEW
         document = _toml(text)
-    runtimes = _containerd_runtimes(document)
-    wanted = _containerd_entry(document, runtimes, rune)
-    if _table(document, (*runtimes, "rune")) == wanted:
+    return _with_runtime(text, document, rune)
+
+
+def _with_runtime(text: str, main: dict[str, Any], rune: str) -> str:
+    """The text with our runtime, given what the main configuration says."""
+    runtimes = _containerd_runtimes(main)
+    wanted = _containerd_entry(main, runtimes, rune)
+    if _table(_toml(text), (*runtimes, "rune")) == wanted:
         return text
+    if _table(main, runtimes) is None and _table(_toml(text), runtimes) is None:
+        text = _toml_set(text, (*runtimes, "runc"), _DEFAULT_RUNC)
+        head = _plain_toml((*runtimes, "runc"), _DEFAULT_RUNC).splitlines()[0]
+        text = text.replace(head, f"{_DEFAULT_COMMENT}\n{head}")
     return _toml_set(text, (*runtimes, "rune"), wanted)
 
 
@@ -378,7 +390,10 @@ def containerd_remove(text: str, _: str = "") -> str:
     document = _toml(text)
     if not document:
         return text
-    new = _toml_drop(text, (*_containerd_runtimes(document), "rune"))
+    runtimes = _containerd_runtimes(document)
+    new = _toml_drop(text, (*runtimes, "rune"))
+    if new != text and _DEFAULT_COMMENT in new and _table(_toml(new), runtimes) == {"runc": _DEFAULT_RUNC}:
+        new = _toml_drop(new.replace(_DEFAULT_COMMENT + "\n", ""), (*runtimes, "runc"))
     return "" if new != text and re.fullmatch(r"\s*version = \d+\s*", new) else new
 
 
@@ -410,12 +425,7 @@ def containerd_drop_in(config: Path) -> Path | None:
 def containerd_drop_in_add(text: str, rune: str, *, main: str) -> str:
     """The drop-in's text, of the main file's version and cgroup driver."""
     document = _toml(main)
-    runtimes = _containerd_runtimes(document)
-    wanted = _containerd_entry(document, runtimes, rune)
-    text = text if text.strip() else f"version = {document['version']}\n"
-    if _table(_toml(text), (*runtimes, "rune")) == wanted:
-        return text
-    return _toml_set(text, (*runtimes, "rune"), wanted)
+    return _with_runtime(text if text.strip() else f"version = {document['version']}\n", document, rune)
 
 
 # --- podman -----------------------------------------------------------------------------------------------------------
