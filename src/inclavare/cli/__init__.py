@@ -1,0 +1,82 @@
+"""The ``inclavare`` command: one file per command in this package, imported only when it is called.
+
+A command ``do-this`` is the module ``do_this``, whose docstring begins with ````inclavare do-this``: what it does``
+and whose attribute ``command`` is the click command. The list in ``--help`` comes from these docstrings.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import __version__
+
+_HERE = Path(__file__).parent
+
+
+class Commands(click.Group):
+    """Finds commands by their files, and turns errors into messages and exit codes."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Every module of this package that does not begin with an underscore."""
+        return sorted(path.stem.replace("_", "-") for path in _HERE.glob("[!_]*.py"))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command."""
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        found: click.Command = import_module(f".{cmd_name.replace('-', '_')}", __package__).command
+        return found
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands, without importing any."""
+        rows = [(name, summary(name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; refusals end with their own exit code (see ``docs/cli.md``)."""
+        from ..errors import InclavareError
+
+        try:
+            return super().invoke(ctx)
+        except InclavareError as error:
+            if ctx.params.get("debug"):
+                raise
+            from ._output import show_error
+
+            show_error(error, as_json=bool(ctx.meta.get("inclavare.json")))
+            ctx.exit(error.exit_code)
+        except (click.exceptions.Exit, click.Abort, click.ClickException, BrokenPipeError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"inclavare: unexpected {type(error).__name__}: {error}", err=True)
+            click.echo("  this is a defect; run again with inclavare --debug … and report what it prints", err=True)
+            ctx.exit(1)
+
+
+def summary(name: str) -> str:
+    """What a command does, from the first line of its file."""
+    with (_HERE / f"{name.replace('-', '_')}.py").open(encoding="utf-8") as handle:
+        text = handle.readline().strip().strip('"').partition(": ")[2].rstrip(".")
+    return text[:1].upper() + text[1:]
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Exit codes: 1 error, 2 usage, 3 refused by a verifier's policy, 4 bad evidence, 5 something is missing on "
+    "this machine, 6 resource used up, 7 integrity, 8 not allowed by the manifest.",
+)
+@click.version_option(__version__, prog_name="inclavare")
+@click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
+def main(debug: bool) -> None:
+    """Confidential containers: ordinary container images inside enclaves."""
+    if debug:
+        sys.tracebacklimit = 1000

@@ -166,20 +166,23 @@ class Built:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready summary."""
-        manifest = self.identity.manifest
-        return {
-            "destination": self.destination,
-            "mrenclave": self.identity.mrenclave.hex(),
-            "mrsigner": self.mrsigner.hex(),
-            "tree_root": self.identity.tree.root.hex(),
-            "manifest_digest": hashlib.sha256(manifest.canonical()).hexdigest(),
-            "isv_prod_id": manifest.enclave.isv_prod_id,
-            "isv_svn": manifest.enclave.isv_svn,
-            "debug": manifest.enclave.debug,
-            "tee": list(manifest.enclave.tee),
-            "runtime": manifest.enclave.runtime,
-            "paths": len(self.identity.tree),
-        }
+        return {"destination": self.destination, **identity_dict(self.identity), "mrsigner": self.mrsigner.hex()}
+
+
+def identity_dict(identity: Identity) -> dict[str, Any]:
+    """JSON-ready values that make up an enclave's identity."""
+    enclave = identity.manifest.enclave
+    return {
+        "mrenclave": identity.mrenclave.hex(),
+        "tree_root": identity.tree.root.hex(),
+        "manifest_digest": hashlib.sha256(identity.manifest.canonical()).hexdigest(),
+        "isv_prod_id": enclave.isv_prod_id,
+        "isv_svn": enclave.isv_svn,
+        "debug": enclave.debug,
+        "tee": list(enclave.tee),
+        "runtime": enclave.runtime,
+        "paths": len(identity.tree),
+    }
 
 
 def to_stored(identity: Identity, sigstruct: bytes | None, source: bytes = b"") -> stored.Stored:
@@ -265,14 +268,15 @@ def build_image(
         oci.check_destination(source, destination, force)
     with work_directory() as work:
         opened = oci.open_source(source, work, progress, tls_verify=tls_verify)
+        manifest = recipe.manifest(opened.config, opened.rootfs)
+        oci.refuse_odd_stored(opened.rootfs)
         if in_place:
-            return _finish_directory(opened, source.path, opened.rootfs, recipe, progress)
+            return _finish_directory(opened, source.path, opened.rootfs, manifest, recipe, progress)
         if destination.kind != "image":
             with oci.new_directory(destination.path, force) as new:
                 rootfs = oci.copy_directory(opened, new, progress)
-                made = _finish_directory(opened, new, rootfs, recipe, progress)
+                made = _finish_directory(opened, new, rootfs, manifest, recipe, progress)
             return replace(made, destination=destination.text)
-        manifest = recipe.manifest(opened.config, opened.rootfs)
         identity = measure(manifest, opened.rootfs, recipe.image_of, progress)
         sigstruct = signing.sign_image(identity.image, manifest, recipe.key, mrenclave=identity.mrenclave)
         layout = opened.layout or oci.new_layout(opened.rootfs, manifest, work, progress)
@@ -286,10 +290,8 @@ def _mrsigner(sigstruct: bytes) -> bytes:
 
 
 def _finish_directory(
-    opened: oci.Source, directory: Path, rootfs: Path, recipe: Recipe, progress: oci.Progress
+    opened: oci.Source, directory: Path, rootfs: Path, manifest: Manifest, recipe: Recipe, progress: oci.Progress
 ) -> Built:
-    manifest = recipe.manifest(opened.config, rootfs)
-    oci.refuse_odd_stored(rootfs)
     identity = measure(manifest, rootfs, recipe.image_of, progress)
     progress.stage("signing and writing")
     sigstruct = signing.sign_image(identity.image, manifest, recipe.key, mrenclave=identity.mrenclave)

@@ -450,7 +450,7 @@ def stored_in_layout(layout: Path) -> stored.Stored | None:
         found: dict[str, bytes] = {}
         try:
             with tarfile.open(_blob(layout, layer["digest"]), "r:*") as archive:
-                for member in archive:
+                for member in _members(archive):
                     name = posixpath.normpath(member.name).lstrip("/")
                     if name == f".wh.{stored.DIRECTORY}":
                         return None
@@ -484,3 +484,16 @@ def stored_in_layout(layout: Path) -> stored.Stored | None:
                 found.get(stored.BUILD, b""),
             )
     return None
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    while True:
+        try:
+            member = archive.next()
+        except tarfile.ReadError:
+            # umoci leaves out the padding after an archive's last file. Nothing else can be missing: skopeo has
+            # checked the layer's digest.
+            return
+        if member is None:
+            return
+        yield member

@@ -1,0 +1,81 @@
+"""``inclavare build``: make an enclave image of an image, root file system or bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ._enclaves import image_of, key_option, manifest_option, read_manifest, signing_key, tls_option
+from ._output import Steps, json_option, note, print_fields, print_json, size
+
+
+@click.command("build")
+@click.argument("source")
+@click.argument("destination", required=False)
+@manifest_option
+@key_option
+@click.option("--tee", help="The only TEE platform that the enclave may run on: sgx or sgx-sim.")
+@click.option("--debug/--no-debug", default=None, help="Make a debug enclave (protects nothing), or none.")
+@click.option("--in-place", is_flag=True, help="Write /.inclavare into the source directory itself.")
+@click.option("--force", is_flag=True, help="Replace a destination that exists.")
+@tls_option
+@json_option
+def command(
+    *,
+    source: str,
+    destination: str | None,
+    manifest_path: Path | None,
+    key_path: Path | None,
+    tee: str | None,
+    debug: bool | None,
+    in_place: bool,
+    force: bool,
+    tls_verify: bool,
+    as_json: bool,
+) -> None:
+    """Measure and sign SOURCE and write it, with its manifest, file tree and SIGSTRUCT, to DESTINATION.
+
+    \b
+    SOURCE and DESTINATION:
+      oci:DIR[:TAG]               OCI image layout
+      oci-archive:FILE[:TAG]      the same as one file
+      docker-archive:FILE[:NAME]  as written by docker save
+      docker://HOST/NAME[:TAG]    registry
+      docker-daemon:NAME:TAG      images of the local docker
+      DIRECTORY                   root file system, or OCI bundle (config.json and rootfs)
+    """
+    from ..enclave.build import Recipe, build_image
+    from ..enclave.reference import Reference
+
+    if (destination is None) != in_place:
+        raise click.UsageError("Name a DESTINATION, or write into the source with --in-place.")
+    opened = Reference.parse(source)
+    target = opened if destination is None else Reference.parse(destination, destination=True)
+    text, name = read_manifest(manifest_path)
+    with Steps() as steps:
+        recipe = Recipe(signing_key(key_path), image_of, text, name, tee, debug)
+        built = build_image(
+            opened, target, recipe, in_place=in_place, force=force, tls_verify=tls_verify, progress=steps
+        )
+    if as_json:
+        print_json(built.to_dict())
+        return
+    manifest = built.identity.manifest
+    print_fields(
+        [
+            ("image", built.destination),
+            ("MRENCLAVE", built.identity.mrenclave),
+            ("MRSIGNER", built.mrsigner),
+            ("tree root", built.identity.tree.root),
+            ("paths", len(built.identity.tree)),
+            ("command", " ".join(manifest.process.args)),
+            ("memory", f"{size(manifest.enclave.size)}, {manifest.enclave.threads} threads"),
+            (
+                "runs on",
+                ", ".join(manifest.enclave.tee) + (" (debug: protects nothing)" if manifest.enclave.debug else ""),
+            ),
+        ]
+    )
+    if manifest.enclave.tee == ("sgx",) and tee is None and not Path("/dev/sgx_enclave").exists():
+        note("it runs on SGX hardware only; for a machine without, build with --tee sgx-sim")
