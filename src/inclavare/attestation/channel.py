@@ -131,7 +131,8 @@ def encrypt(public_jwk: dict[str, str], secret: bytes) -> dict[str, str]:
     from joserfc.jwk import ECKey
 
     try:
-        if set(public_jwk) != _PUBLIC_JWK_KEYS or public_jwk["crv"] != "P-256" or public_jwk["alg"] != KEY_WRAPPING:
+        fixed = {"kty": "EC", "crv": "P-256", "alg": KEY_WRAPPING}
+        if set(public_jwk) != _PUBLIC_JWK_KEYS or any(public_jwk[name] != value for name, value in fixed.items()):
             raise ValueError(", ".join(f"{key}={value}" for key, value in sorted(public_jwk.items())))
         key = ECKey.import_key({name: public_jwk[name] for name in ("kty", "crv", "x", "y")})
         # Checks that the point lies on the curve.

@@ -135,6 +135,7 @@ def verify_quote(
         _check_qe_identity(qe_body, qe_identity)
         level = _tcb_level(tcb_info, pck)
         qe_level = _qe_level(qe_identity, qe_body)
+        evaluation_number = int(tcb_info["tcbEvaluationDataNumber"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
         # It is signed, so its issuer wrote something that this version does not know.
         raise _refused("collateral.malformed", "the collateral's contents are not understood", repr(error)) from None
@@ -163,7 +164,7 @@ def verify_quote(
         tcb_status=status,
         advisories=tuple(sorted({*level.advisories, *qe_level.advisories})),
         tcb_date=level.date,
-        tcb_evaluation_number=int(tcb_info["tcbEvaluationDataNumber"]),
+        tcb_evaluation_number=evaluation_number,
         fmspc=pck.fmspc.hex(),
         pce_svn=pck.pce_svn,
         root_fingerprint=hashlib.sha256(root).hexdigest(),
@@ -275,7 +276,7 @@ def _check_certificates(given: _Certificates) -> None:
     ):
         try:
             certificate.verify_directly_issued_by(issuer)
-        except (InvalidSignature, ValueError, TypeError) as error:
+        except Exception as error:  # As below: whatever the library objects to, the certificate is not accepted.
             raise _refused(
                 "certificate.signature",
                 f"the certificate {_common_name(certificate)} is not signed by {_common_name(issuer)}",
@@ -293,7 +294,7 @@ def _check_certificates(given: _Certificates) -> None:
             constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
             usage = certificate.extensions.get_extension_for_class(x509.KeyUsage).value
             fits = constraints.ca is is_ca and (usage.key_cert_sign if is_ca else usage.digital_signature)
-        except (x509.ExtensionNotFound, ValueError):
+        except x509.ExtensionNotFound:
             fits = False
         if not fits or not name.endswith(names):
             raise _refused(
@@ -323,7 +324,7 @@ def _check_revocation(parts: dict[str, str], given: _Certificates, window: _Wind
             signed = crl.issuer == issuer.subject and crl.is_signature_valid(issuer.public_key())  # type: ignore[arg-type]
             entries = [crl.get_revoked_certificate_by_serial_number(subject.serial_number) for subject in subjects]
             issued, until = crl.last_update_utc, crl.next_update_utc
-        except (ValueError, TypeError) as error:
+        except Exception as error:  # As with certificates.
             raise _refused("collateral.malformed", f"{key} cannot be parsed", str(error)) from None
         if not signed:
             raise _refused("collateral.signature", f"{key} is not signed by {_common_name(issuer)}", None)
@@ -503,10 +504,15 @@ def _raw_signature_valid(key: ec.EllipticCurvePublicKey, signature: bytes, messa
 
 
 def _load_certificate(data: bytes) -> x509.Certificate:
+    """Refuses with ``evidence.certificate.malformed``."""
     try:
-        return x509.load_der_x509_certificate(data)
-    except ValueError as error:
+        certificate = x509.load_der_x509_certificate(data)
+        # The library parses these when they are first asked for; afterwards they cannot fail.
+        _ = certificate.subject, certificate.issuer, certificate.extensions, certificate.public_key()
+        _ = certificate.not_valid_before_utc, certificate.not_valid_after_utc, certificate.signature_hash_algorithm
+    except Exception as error:  # The library has a dozen unrelated exceptions for what is wrong with a certificate.
         raise _refused("certificate.malformed", "a certificate cannot be parsed", str(error)) from None
+    return certificate
 
 
 def _common_name(certificate: x509.Certificate) -> str:

@@ -1,0 +1,245 @@
+"""Evidence as it arrives: envelopes, bare quotes, and RA-TLS certificates of other implementations."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import cbor2
+import pytest
+from attested import Attested
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inclavare.attestation import Evidence, der, verify
+from inclavare.attestation.evidence import OID_DICE_EVIDENCE, OIDS_LEGACY
+from inclavare.errors import EvidenceError
+
+QUOTE = base64.b64encode(b"quote").decode()
+
+
+def refused(call: Any, *arguments: Any) -> str:
+    with pytest.raises(EvidenceError) as caught:
+        call(*arguments)
+    return caught.value.id
+
+
+def certificate_der(vectors: Path, name: str) -> bytes:
+    pem = (vectors / "ra-tls" / name).read_text()
+    return base64.b64decode("".join(pem.splitlines()[1:-1]))
+
+
+# Envelopes
+
+
+@pytest.mark.parametrize(
+    "envelope",
+    [
+        [],
+        {},
+        {"version": 2, "tee": "sgx", "quote": QUOTE},
+        {"version": True, "tee": "sgx", "quote": QUOTE},
+        {"version": 1, "tee": "sgx"},
+        {"version": 1, "tee": 1, "quote": QUOTE},
+        {"version": 1, "tee": "sgx", "quote": "not base64!"},
+        {"version": 1, "tee": "sgx", "quote": QUOTE, "runtime-data": []},
+        {"version": 1, "tee": "sgx", "quote": QUOTE, "simulated": False},
+    ],
+)
+def test_malformed_envelopes(envelope: Any) -> None:
+    assert refused(Evidence.from_json, json.dumps(envelope)) == "evidence.envelope.malformed"
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", "[" * 100000, b"\xff\xfe", "{" + " " * (1 << 20) + "}"])
+def test_not_an_envelope(text: str | bytes) -> None:
+    assert refused(Evidence.from_json, text) == "evidence.envelope.malformed"
+
+
+@pytest.mark.parametrize("change", [{"pck_crl": None}, {"pck_crl": "zz"}, {"more": ""}, {"tcb_info": {}}])
+def test_malformed_collateral(attested: Attested, change: dict[str, Any]) -> None:
+    collateral = {**(attested.evidence.collateral or {}), **change}
+    assert refused(attested.evidence.with_collateral, collateral) == "evidence.collateral.malformed"
+    envelope = {**attested.evidence.to_dict(), "collateral": collateral}
+    assert refused(Evidence.from_dict, envelope) == "evidence.collateral.malformed"
+    assert refused(attested.evidence.with_collateral, []) == "evidence.collateral.malformed"
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_refused(data: bytes) -> None:
+    assert refused(Evidence.load, data).startswith("evidence.")
+
+
+def test_load_tells_the_forms_apart(attested: Attested, vectors: Path) -> None:
+    assert Evidence.load(attested.evidence.to_json().encode()) == attested.evidence
+    assert Evidence.load(attested.evidence.quote).quote == attested.evidence.quote
+    pem = (vectors / "ra-tls" / "ccc_rats-tls-cert.pem").read_bytes()
+    assert Evidence.load(pem) == Evidence.load(certificate_der(vectors, "ccc_rats-tls-cert.pem"))
+    assert refused(Evidence.load, b"-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n").endswith("malformed")
+
+
+def test_bare_quotes_name_their_verifier(attested: Attested, vectors: Path) -> None:
+    assert Evidence.from_quote(attested.evidence.quote).tee == "sgx-sim"
+    assert Evidence.from_quote((vectors / "sgx" / "phala_sgx_quote.bin").read_bytes()).tee == "sgx"
+
+
+# Certificates of other implementations
+
+
+@pytest.mark.parametrize("name", ["ccc_gramine-cert.pem", "ccc_rats-tls-cert.pem"])
+def test_others_certificates(vectors: Path, name: str) -> None:
+    raw = certificate_der(vectors, name)
+    evidence = Evidence.from_certificate(raw)
+    assert evidence.tee == "sgx" and evidence.certificate is not None
+    assert evidence.certificate.extension == "dice"
+    assert evidence.certificate.public_key in raw
+    assert evidence.certificate.nonce is None
+
+
+def test_gramines_legacy_extension_as_it_is_on_the_wire(vectors: Path) -> None:
+    """The same certificate without its DICE extension: the stray bytes in the identifier are tolerated."""
+    raw = certificate_der(vectors, "ccc_gramine-cert.pem")
+    public_key, extensions = der.certificate_parts(raw)
+    assert "0.6.9.42.840.113741.1337.6" in extensions
+    evidence = Evidence._from_legacy(public_key, extensions["0.6.9.42.840.113741.1337.6"])
+    assert evidence.certificate is not None and evidence.certificate.extension == "legacy"
+    # Its two extensions carry different quotes.
+    assert evidence.quote != Evidence.from_certificate(raw).quote
+
+
+@pytest.mark.parametrize("name", ["ccc_gramine-cert.pem", "ccc_rats-tls-cert.pem"])
+def test_another_key_in_others_certificates(vectors: Path, name: str) -> None:
+    raw = certificate_der(vectors, name)
+    public_key, _ = der.certificate_parts(raw)
+    at = raw.index(public_key) + len(public_key) - 1
+    changed = bytearray(raw)
+    changed[at] ^= 1
+    assert refused(Evidence.from_certificate, bytes(changed)) == "evidence.key.binding"
+
+
+# Our own platform's quotes in certificates
+
+
+def make(attested: Attested, form: str, *, nonce: bytes | None = None, bind: bytes | None = None) -> bytes:
+    """A certificate with evidence in it; ``bind`` binds the quote to another key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    spki = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    digest = hashlib.sha256(bind or spki).digest()
+    platform, enclave = attested.platform, attested.enclave
+    claims: dict[str, bytes] = {"pubkey-hash": cbor2.dumps([1, digest])}
+    if nonce is not None:
+        claims["nonce"] = nonce
+    encoded = cbor2.dumps(claims)
+    bound = hashlib.sha256(encoded).digest() if form == "dice" else digest
+    quote = platform.quote(enclave.report(platform.quote_target_info(), bound + bytes(32)))
+    value = cbor2.dumps(cbor2.CBORTag(60000, [quote, encoded])) if form == "dice" else quote
+    oid = OID_DICE_EVIDENCE if form == "dice" else OIDS_LEGACY[0]
+    return self_signed(key, oid, value)
+
+
+def self_signed(key: ec.EllipticCurvePrivateKey, oid: str, value: bytes) -> bytes:
+    import datetime
+
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "RATLS")])
+    start = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+    return (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, start, start.replace(year=2036))
+        .add_extension(x509.UnrecognizedExtension(x509.ObjectIdentifier(oid), value), critical=False)
+        .sign(key, SHA256())
+        .public_bytes(Encoding.DER)
+    )
+
+
+@pytest.mark.parametrize("form", ["dice", "legacy"])
+def test_certificate_is_verified_and_appraised(attested: Attested, form: str) -> None:
+    raw = make(attested, form)
+    evidence = Evidence.from_certificate(raw).with_collateral(attested.platform.collateral())
+    result = verify(evidence, attested.policy, now=attested.now)
+    assert result.accepted
+    public_key = x509.load_der_x509_certificate(raw).public_key()
+    spki = public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    assert result.claims.public_key_sha256 == hashlib.sha256(spki).hexdigest()
+
+
+def test_nonce_in_a_certificate(attested: Attested) -> None:
+    evidence = Evidence.from_certificate(make(attested, "dice", nonce=b"fresh"))
+    evidence = evidence.with_collateral(attested.platform.collateral())
+    assert verify(evidence, attested.policy, nonce=b"fresh", now=attested.now).accepted
+    assert not verify(evidence, attested.policy, nonce=b"other", now=attested.now).accepted
+    without = Evidence.from_certificate(make(attested, "dice")).with_collateral(attested.platform.collateral())
+    assert not verify(without, attested.policy, nonce=b"fresh", now=attested.now).accepted
+
+
+@pytest.mark.parametrize("form", ["dice", "legacy"])
+def test_evidence_stolen_from_another_certificate(attested: Attested, form: str) -> None:
+    assert refused(Evidence.from_certificate, make(attested, form, bind=b"another key")) == "evidence.key.binding"
+
+
+def test_certificate_without_evidence() -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    assert refused(Evidence.from_certificate, self_signed(key, "1.2.3.4", b"x")) == "evidence.certificate.absent"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"",
+        b"\xff",
+        cbor2.dumps(1),
+        cbor2.dumps(cbor2.CBORTag(60001, [b"", b""])),
+        cbor2.dumps(cbor2.CBORTag(60000, [b""])),
+        cbor2.dumps(cbor2.CBORTag(60000, [b"q", cbor2.dumps({})])),
+        cbor2.dumps(cbor2.CBORTag(60000, [b"q", cbor2.dumps({"pubkey-hash": cbor2.dumps([99, b""])})])),
+        cbor2.dumps(cbor2.CBORTag(60000, ["q", cbor2.dumps({"pubkey-hash": cbor2.dumps([1, b""])})])),
+        cbor2.dumps(cbor2.CBORTag(60000, [b"q", cbor2.dumps([1])])),
+        cbor2.dumps(cbor2.CBORTag(60000, [b"q", 5])),
+        cbor2.dumps(cbor2.CBORTag(60000, [b"q", cbor2.dumps({"pubkey-hash": cbor2.dumps([[], b""])})])),
+    ],
+)
+def test_malformed_dice_evidence(value: bytes) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    certificate = self_signed(key, OID_DICE_EVIDENCE, value)
+    assert refused(Evidence.from_certificate, certificate) == "evidence.certificate.malformed"
+
+
+def test_truncated_certificates(vectors: Path) -> None:
+    raw = certificate_der(vectors, "ccc_rats-tls-cert.pem")
+    for size in range(0, len(raw), 61):
+        assert refused(Evidence.from_certificate, raw[:size]).startswith("evidence.")
+
+
+# DER
+
+
+@given(st.binary(max_size=64))
+def test_der_reads_or_refuses(data: bytes) -> None:
+    try:
+        assert b"".join(element.raw for element in der.elements(data)) == data
+    except ValueError:
+        pass
+
+
+@pytest.mark.parametrize("data", ["30", "3080", "308101", "30820001", "300201", "1f0100", "3085000000000100"])
+def test_der_is_strict(data: str) -> None:
+    with pytest.raises(ValueError, match="not DER"):
+        list(der.elements(bytes.fromhex(data)))
+
+
+@pytest.mark.parametrize(
+    ("value", "dotted"),
+    [("2a864886f84d010d01", "1.2.840.113741.1.13.1"), ("678105050409", "2.23.133.5.4.9"), ("00", "0.0")],
+)
+def test_object_identifiers(value: str, dotted: str) -> None:
+    assert der.object_identifier(bytes.fromhex(value)) == dotted
+
+
+@pytest.mark.parametrize("value", ["", "80", "2a86"])
+def test_broken_object_identifiers(value: str) -> None:
+    with pytest.raises(ValueError, match="identifier"):
+        der.object_identifier(bytes.fromhex(value))
