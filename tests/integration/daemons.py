@@ -107,7 +107,11 @@ class Workspace:
         run = self.root / "run"
         left = [str(p) for p in run.rglob("*") if p.is_file() or p.is_socket()] if run.is_dir() else []
         left = [p for p in left if not Path(p).name.endswith(".lock")]
-        return left + [c for c in processes_naming(str(self.root)).values() if "runelet" in c]
+        return left + [c for c in processes_naming(str(self.root)).values() if "/rune " in c or "gocryptfs" in c]
+
+    def runelets(self) -> list[int]:
+        """The processes that hold enclave memory of the simulated platform."""
+        return [int(path.name.partition("-")[0]) for path in (self.root / "run" / "epc").glob("[0-9]*")]
 
     def close(self) -> None:
         """Stop the daemons in reverse order; fail if anything of them stays, having removed it."""

@@ -141,3 +141,45 @@ def test_containerd_loads_its_cri_plugin_with_the_configuration_written_by_insta
     # A table of runtimes without the default one would stop the plugin with another error than the missing CNI.
     log = (containerd.work.root / "containerd.log").read_text()
     assert "no corresponding runtime configured" not in log, line
+
+
+enclave_ways = pytest.mark.parametrize("way", ["binary", "type"])
+
+
+@enclave_ways
+def test_enclave_container(containerd: Containerd, rune: Path, way: str) -> None:
+    words = [*how(way, rune), "--env", "ENCLAVE_TYPE=sgx-sim"]
+    done = run(
+        containerd,
+        words,
+        "sh",
+        "-c",
+        "cat /dev/attestation/attestation_type; env | grep -c ENCLAVE; head -n 1; exit 7",
+        input="typed\n",
+    )
+    assert (done.stdout, done.returncode) == ("dcap0\ntyped\n", 7), done.stderr
+
+
+@enclave_ways
+def test_enclave_is_killed_and_leaves_nothing(containerd: Containerd, rune: Path, way: str) -> None:
+    words = [*how(way, rune), "--env", "ENCLAVE_TYPE=sgx-sim"]
+    done = containerd("run", "-d", *words, containerd.image, "e", "sleep", "1000")
+    assert done.returncode == 0, done.stderr
+    assert containerd.work.runelets()
+    refused = containerd("task", "exec", "--exec-id", "x", "e", "id")
+    assert refused.returncode != 0
+    assert "exec" in refused.stderr
+    assert containerd("task", "kill", "-s", "KILL", "e").returncode == 0
+    wait_for(lambda: "STOPPED" in containerd("task", "ls").stdout, "the end after SIGKILL")
+    wait_for(lambda: not containerd.work.runelets(), "the runelet's end", 15)
+    assert containerd("task", "rm", "e").returncode == 0
+    wait_for(lambda: not containerd.work.enclaves(), "the enclave's last file", 15)
+
+
+@enclave_ways
+def test_hardware_enclave_is_refused_with_the_reason(containerd: Containerd, rune: Path, way: str) -> None:
+    if Path("/dev/sgx_enclave").exists():
+        pytest.skip("this machine has SGX")
+    done = run(containerd, [*how(way, rune), "--env", "ENCLAVE_TYPE=intelSgx"], "true")
+    assert done.returncode != 0
+    assert "tee.platform.unusable" in done.stderr

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -220,3 +223,124 @@ def test_the_configuration_written_by_install_is_what_docker_shows(docker: Docke
     shown = json.loads(docker("info", "--format", "{{json .Runtimes}}").stdout)
     assert shown["rune"]["path"] == str(rune)
     assert not [c for c in processes_naming(str(docker.work.root)).values() if "/rune" in c], "rune does not stay"
+
+
+# --- enclave containers -----------------------------------------------------------------------------------------------
+
+ENCLAVE = ("--runtime", "rune", "-e", "ENCLAVE_TYPE=sgx-sim")
+
+
+def test_enclave_has_its_device_and_not_the_hosts_switches(docker: Docker) -> None:
+    done = docker(
+        "run", "--rm", *ENCLAVE, docker.image, "sh", "-c",
+        "cat /dev/attestation/attestation_type; echo; env; wc -c < /dev/attestation/my_target_info; wc -c < /dev/attestation/report",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "dcap"
+    assert lines[-2:] == ["512", "432"]
+    assert not [line for line in lines if "ENCLAVE" in line]
+    assert "PATH=/bin" in lines
+
+
+def test_enclave_quote_carries_the_report_data(docker: Docker) -> None:
+    script = "printf '%064d' 7 > /dev/attestation/user_report_data && base64 /dev/attestation/quote"
+    done = docker("run", "--rm", *ENCLAVE, docker.image, "sh", "-c", script)
+    assert done.returncode == 0, done.stderr
+    quote = base64.b64decode(done.stdout)
+    assert int.from_bytes(quote[:2], "little") == 3
+    assert quote[48 + 320 : 48 + 384] == b"%064d" % 7
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [(["true"], 0), (["sh", "-c", "exit 7"], 7), (["sh", "-c", "sh -c 'kill -9 $$'; exit $?"], 137)],
+)
+def test_enclave_exit_codes(docker: Docker, command: list[str], code: int) -> None:
+    done = docker("run", "--rm", *ENCLAVE, docker.image, *command)
+    assert done.returncode == code, done.stderr
+
+
+def test_enclave_streams(docker: Docker) -> None:
+    text = "".join(f"{n}\n" for n in range(50_000))
+    done = docker("run", "--rm", "-i", *ENCLAVE, docker.image, "sh", "-c", "cat; echo e >&2", input=text)
+    assert (done.stdout, done.stderr) == (text, "e\n")
+
+
+def test_enclave_terminal(docker: Docker) -> None:
+    terminal = Terminal(docker.argv("run", "--rm", "-it", *ENCLAVE, docker.image, "sh"), docker.work.env)
+    terminal.expect("#")
+    terminal.send("tty; echo $((6*7))\n")
+    terminal.expect("42")
+    assert "/dev/pts/0" in terminal.output
+    terminal.send("exit 5\n")
+    assert terminal.finish() == 5
+
+
+def test_enclave_signals_stop_and_start_again(docker: Docker) -> None:
+    script = 'trap "echo term; exit 4" TERM; trap "echo usr1" USR1; echo up; while :; do sleep 0.05; done'
+    made = docker("run", "-d", *ENCLAVE, docker.image, "sh", "-c", script)
+    assert made.returncode == 0, made.stderr
+    name = made.stdout.strip()
+    for turn in (1, 2):
+        wait_for(lambda t=turn: docker("logs", name).stdout.count("up") == t, "its first line")  # type: ignore[misc]
+        assert docker("kill", "-s", "USR1", name).returncode == 0
+        wait_for(lambda t=turn: docker("logs", name).stdout.count("usr1") == t, "the signal")  # type: ignore[misc]
+        assert docker("stop", "-t", "10", name).returncode == 0
+        assert docker("inspect", "-f", "{{.State.ExitCode}}", name).stdout.strip() == "4"
+        wait_for(lambda: not docker.work.enclaves(), "the enclave's end")
+        if turn == 1:
+            assert docker("start", name).returncode == 0
+
+
+def test_enclave_exec_is_refused_unless_it_is_a_debug_enclave(docker: Docker) -> None:
+    name = docker("run", "-d", *ENCLAVE, docker.image, "sleep", "1000").stdout.strip()
+    refused = docker("exec", name, "id")
+    assert refused.returncode != 0
+    assert "exec" in refused.stdout + refused.stderr
+    assert "uid=" not in refused.stdout
+    assert docker("inspect", "-f", "{{.State.Running}}", name).stdout.strip() == "true"
+    debug = docker("run", "-d", *ENCLAVE, "-e", "ENCLAVE_DEBUG=true", docker.image, "sleep", "1000").stdout.strip()
+    allowed = docker("exec", "-i", debug, "sh", "-c", "id -u; cat; exit 9", input="x\n")
+    assert (allowed.returncode, allowed.stdout) == (9, "0\nx\n"), allowed.stderr
+
+
+def test_enclave_limits_user_and_mounts(docker: Docker, tmp_path: Path) -> None:
+    (tmp_path / "in").write_text("from the host\n")
+    tmp_path.chmod(0o755)
+    done = docker(
+        "run", "--rm", *ENCLAVE, "-u", "user", "-m", "64m", "--read-only", "--tmpfs", "/scratch", "-v", f"{tmp_path}:/data:ro",
+        docker.image, "sh", "-c", f"id -u; cat {MEMORY[0]} /data/in; touch /scratch/x && echo ok; touch /x",
+    )  # fmt: skip
+    assert done.stdout == f"1000\n{64 << 20}\nfrom the host\nok\n", done.stderr
+    assert "Read-only file system" in done.stderr
+    killed = docker(
+        "run", "--rm", *ENCLAVE, "-m", "16m", "--memory-swap", "16m", docker.image, "dd", "if=/dev/zero", "of=/dev/null", "bs=64M", "count=1"
+    )  # fmt: skip
+    assert killed.returncode == 137
+
+
+def test_enclave_is_removed_by_force_without_a_trace(docker: Docker) -> None:
+    names = [docker("run", "-d", *ENCLAVE, docker.image, "sleep", "1000").stdout.strip() for _ in range(3)]
+    assert len(docker.work.enclaves()) >= 3
+    assert docker("rm", "-f", *names).returncode == 0
+    wait_for(lambda: not docker.work.enclaves(), "the enclaves' end", 15)
+
+
+def test_enclave_container_dies_with_its_runelet(docker: Docker) -> None:
+    name = docker("run", "-d", *ENCLAVE, docker.image, "sleep", "1000").stdout.strip()
+    (runelet,) = docker.work.runelets()
+    os.kill(runelet, signal.SIGKILL)
+    wait_for(
+        lambda: docker("inspect", "-f", "{{.State.Running}}", name).stdout.strip() == "false", "the container's end", 15
+    )
+
+
+@pytest.mark.skipif(Path("/dev/sgx_enclave").exists(), reason="this machine has SGX")
+def test_hardware_enclave_is_refused_with_the_reason(docker: Docker) -> None:
+    done = docker("run", "--rm", "--runtime", "rune", "-e", "ENCLAVE_TYPE=intelSgx", docker.image, "true")
+    assert done.returncode == 125
+    assert "tee.platform.unusable" in done.stderr
+    assert "sgx" in done.stderr
+    unknown = docker("run", "--rm", "--runtime", "rune", "-e", "ENCLAVE_TYPE=nonsense", docker.image, "true")
+    assert "nonsense" in unknown.stderr
