@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from inclavare.cli import _engines as engines
+from inclavare.cli import main
 from inclavare.errors import InclavareError, PlatformError, UsageError
 
 RUNE = Path("/opt/inclavare/bin/rune")
@@ -338,3 +340,32 @@ def test_any_containerd_configuration_survives(tables: dict[str, Any], nested: d
     assert read["plugins"][CRI2].pop("containerd")["runtimes"]["rune"]["options"] == {"BinaryName": "/r"}
     assert read == document
     assert engines.containerd_add(added, "/r") == added
+
+
+def test_the_commands_install_and_uninstall(tmp_path: Path) -> None:
+    path = tmp_path / "daemon.json"
+    path.write_text(DAEMON_JSON)
+    rune = tmp_path / "rune"
+    rune.write_text("#!/bin/sh\n")
+    rune.chmod(0o755)
+
+    def call(*words: str) -> str:
+        done = CliRunner().invoke(main, [*words, "--config", str(path)])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    assert "+++" in call("install", "docker", "--dry-run", "--rune", str(rune))
+    assert path.read_text() == DAEMON_JSON
+    shown = call("install", "docker", "--rune", str(rune))
+    assert f"wrote {path}" in shown
+    assert "reload docker" in shown
+    assert "already" in call("install", "docker", "--rune", str(rune))
+    assert "-" in call("uninstall", "docker", "--dry-run")
+    assert engines.docker_current(path.read_text()) == str(rune)
+    assert f"removed {path}.inclavare-backup" in call("uninstall", "docker")
+    assert path.read_text() == DAEMON_JSON
+    assert "not configured" in call("uninstall", "docker")
+    path.write_text("{")
+    done = CliRunner().invoke(main, ["install", "docker", "--config", str(path), "--rune", str(rune)])
+    assert done.exit_code == 2
+    assert str(path) in done.output
