@@ -90,6 +90,9 @@ class HardwarePlatform:
         """Refuses, like :meth:`load`."""
         self._refuse()
 
+    def reclaim(self) -> None:
+        """Nothing: the driver frees an enclave when its file is closed, by whatever."""
+
     def _cpu_flags(self) -> frozenset[str]:
         try:
             with (self._root / "proc/cpuinfo").open() as lines:

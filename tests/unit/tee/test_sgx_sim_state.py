@@ -157,3 +157,31 @@ def test_platform_outlives_its_enclaves(load: Callable[..., SimulatedEnclave], p
     first.destroy()
     second = load(b"second")
     assert len(platform.quote(second.report(platform.quote_target_info(), bytes(64)))) > 1000
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from inclavare.config import Config
+from inclavare.errors import ResourceError
+from inclavare.tee.sgx_sim import create, epc
+base = Path(sys.argv[1])
+config = Config(state_dir=base / "state", run_dir=base / "run")
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+for call in (create(config).root_ca, lambda: epc.reserve(config, 1, "x")):
+    try:
+        call()
+    except ResourceError as error:
+        print(error.id, error.exit_code)
+"""
+
+
+def test_file_system_that_takes_no_more(tmp_path: Path, config: Config) -> None:
+    """A file-size limit of zero fails writes as a full disk does; nothing half-written is left, and the next try works."""
+    output = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], check=True, capture_output=True, text=True
+    ).stdout
+    assert output.split() == ["tee.state.write", "6"] * 2
+    left = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
+    assert left == []
+    assert create(config).root_ca()

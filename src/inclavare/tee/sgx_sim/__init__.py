@@ -191,6 +191,10 @@ class SimulatedPlatform:
 
         return provisioning.load(self._config.platform_dir, self._session()).root_der
 
+    def reclaim(self) -> None:
+        """Drop the ledger's entries of dead owners."""
+        epc.usage(self._config)
+
     def _session(self) -> cpu.Processor:
         if self._processor is None:
             self._processor = cpu.Processor(fuses.load(self._config.platform_dir))

@@ -44,7 +44,7 @@ def reserve(config: Config, pages: int, label: str) -> Reservation:
     """Take ``pages`` 4096-byte pages for the enclave ``label``.
 
     Raises:
-        ResourceError: ``tee.epc.full``, naming what is used and by whom.
+        ResourceError: ``tee.epc.full``, naming what is used and by whom; ``tee.state.write``, a full disk.
     """
     ledger = directory(config)
     files.private_directory(ledger)
@@ -55,15 +55,10 @@ def reserve(config: Config, pages: int, label: str) -> Reservation:
         if used + pages > total:
             raise _full(config, held, used=used, total=total, needed=pages)
         path = ledger / f"{os.getpid()}-{os.urandom(8).hex()}"
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.write(handle, f"{pages} {os.getpid()}\n{label}".encode()[:_MAX_RECORD])
-        except BaseException:
-            path.unlink(missing_ok=True)
-            os.close(handle)
-            raise
-    return Reservation(path, handle, pages)
+            return Reservation(path, _record(path, f"{pages} {os.getpid()}\n{label}"), pages)
+        except OSError as error:
+            raise files.unwritable(path, error) from None
 
 
 def usage(config: Config) -> list[tuple[str, int, int]]:
@@ -73,6 +68,19 @@ def usage(config: Config) -> list[tuple[str, int, int]]:
         return []
     with files.locked(ledger):
         return sorted(_collect(ledger), key=lambda entry: -entry[1])
+
+
+def _record(path: Path, text: str) -> int:
+    """Make an entry; the file descriptor holds its lock."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.write(handle, text.encode()[:_MAX_RECORD])
+    except BaseException:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+        raise
+    return handle
 
 
 def _collect(ledger: Path) -> list[tuple[str, int, int]]:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...errors import PlatformError
+from ...errors import PlatformError, ResourceError
 
 
 def private_directory(path: Path) -> None:
@@ -57,16 +57,34 @@ def read(path: Path) -> bytes | None:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Replace the file atomically and durably, mode 0600. The caller holds the directory's lock."""
+    """Replace the file atomically and durably, mode 0600. The caller holds the directory's lock.
+
+    Raises:
+        ResourceError: ``tee.state.write``: the disk is full, or the file cannot be written for another reason.
+    """
     fresh = path.with_name(f".{path.name}.new")
-    handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(handle, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    fresh.rename(path)
-    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
+        handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        fresh.rename(path)
+        parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(parent)
+        finally:
+            os.close(parent)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        raise unwritable(path, error) from None
+
+
+def unwritable(path: Path, error: OSError) -> ResourceError:
+    """The refusal for a file that cannot be written."""
+    return ResourceError(
+        f"cannot write {path}",
+        id="tee.state.write",
+        found=error.strerror,
+        remedy=f"make room on the file system of {path.parent}, or make it writable",
+    )
