@@ -1,4 +1,4 @@
-"""Everything that is not plainly forwarded: enclave containers, and what the low-level runtime lacks or shows wrongly."""
+"""What is not plainly forwarded: enclave containers, and what the low-level runtime lacks or would show wrongly."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ def check_id(call: Call) -> str:
     """
     container = call.container
     if container is None:
-        raise UsageError(f"{call.command} needs a container id", id="rune.usage", remedy=f"see rune {call.command} --help")
+        raise UsageError(
+            f"{call.command} needs a container id", id="rune.usage", remedy=f"see rune {call.command} --help"
+        )
     if not is_safe_id(container) or len(container) > 200:
         raise UsageError(
             "not a container id",

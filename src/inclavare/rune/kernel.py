@@ -19,9 +19,9 @@ MS_SLAVE = 1 << 19
 
 def _call(name: str, *args: int | bytes | None) -> None:
     try:
-        from _ctypes import call_function, dlopen, dlsym  # type: ignore[attr-defined]
+        from _ctypes import call_function, dlopen, dlsym
 
-        result = call_function(dlsym(dlopen(None, 0), name), args)
+        result = call_function(dlsym(dlopen(None, 0), name), args)  # type: ignore[arg-type]
     except ImportError:
         import ctypes
 

@@ -29,7 +29,7 @@ def find(name: str) -> str | None:
     """The path of a program, or ``None``; a path is taken as it is."""
     if "/" in name:
         return name if os.access(name, os.X_OK) else None
-    for directory in os.environ.get("PATH", DEFAULT_PATH).split(":") + ["/usr/bin", "/usr/sbin"]:
+    for directory in [*os.environ.get("PATH", DEFAULT_PATH).split(":"), "/usr/bin", "/usr/sbin"]:
         if directory and directory != SHIM_DIRECTORY:
             path = f"{directory}/{name}"
             if os.access(path, os.X_OK) and not os.path.isdir(path):
@@ -71,6 +71,7 @@ def select(setting: str, root: str, container: str | None) -> str:
     Raises:
         NoRuntimeError: nothing usable.
     """
+    names: tuple[str, ...]
     if setting == "auto":
         made_by_runc = container is not None and os.path.exists(f"{root}/{container}/state.json")
         names = ("runc", "crun") if made_by_runc else ("crun", "runc")
@@ -81,9 +82,7 @@ def select(setting: str, root: str, container: str | None) -> str:
         path = find(name)
         if path is None:
             reasons.append(f"{name} is not installed")
-        elif not is_crun(path):
-            return path
-        elif not crun_needs_private_cgroups():
+        elif not is_crun(path) or not crun_needs_private_cgroups():
             return path
         else:
             try:

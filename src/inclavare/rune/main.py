@@ -7,6 +7,10 @@ import sys
 
 from . import low_level, settings
 
+TYPE_CHECKING = False  # the typing module costs 3 ms here
+if TYPE_CHECKING:
+    from typing import Any
+
 #: Global options of runc (and crun) that take a value.
 VALUE_OPTIONS = {"--root", "--log", "--log-format", "--criu", "--rootless", "--cgroup-manager"}
 FLAG_OPTIONS = {"--debug", "--systemd-cgroup"}
@@ -36,8 +40,8 @@ COMMANDS: dict[str, set[str]] = {
         "--cpu-burst", "--cpu-idle",
     },
     "events": {"--interval"},
-    "checkpoint": {"--image-path", "--work-path", "--parent-path", "--manage-cgroups-mode", "--empty-ns", "--page-server",
-                   "--status-fd", "--lazy-pages"},
+    "checkpoint": {"--image-path", "--work-path", "--parent-path", "--manage-cgroups-mode", "--empty-ns",
+                   "--page-server", "--status-fd"},
     "restore": CREATE_VALUES | {"--image-path", "--work-path", "--manage-cgroups-mode", "--empty-ns", "--lsm-profile",
                                 "--lsm-mount-context"},
 }  # fmt: skip
@@ -179,15 +183,15 @@ def read_config(path: str) -> object:
     try:
         from _json import make_scanner
 
-        scanner = make_scanner(_Scanner)
+        scanner: Any = make_scanner(_Scanner)  # type: ignore[arg-type]
     except (ImportError, TypeError, AttributeError):
-        import json
+        from json.scanner import py_make_scanner  # type: ignore[attr-defined]
 
-        scanner = json.JSONDecoder().scan_once
+        scanner = py_make_scanner(_Scanner)
     start = len(text) - len(text.lstrip())
     try:
         value, end = scanner(text, start)
-    except (StopIteration, ValueError):
+    except (StopIteration, ValueError, SystemError, RecursionError):  # the bare scanner reports some errors oddly
         return None
     return value if not text[end:].strip() else None
 

@@ -1,7 +1,7 @@
 """What the host may ask of an enclave: its configuration against the measured manifest.
 
-Arguments, environment, mounts, hooks, user and working directory come from the host, which is not trusted. Each is either
-what the manifest says, or allowed by it, or known to be harmless and dropped, or refused with the reason.
+Arguments, environment, mounts, hooks, user and working directory come from the host, which is not trusted. Each is
+either what the manifest says, or allowed by it, or known to be harmless and dropped, or refused with the reason.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def enclave_request(config: dict[str, Any]) -> tuple[dict[str, str], dict[str, s
 
 
 def requested(config: dict[str, Any], variable: str) -> str | None:
-    """The value of an ``ENCLAVE_*`` variable, else of its annotation (``ENCLAVE_RUNTIME_PATH`` ↔ ``enclave.runtime.path``)."""
+    """The value of an ``ENCLAVE_*`` variable, else of its annotation (``ENCLAVE_TYPE`` ↔ ``enclave.type``)."""
     variables, annotations = enclave_request(config)
     annotation = variable.lower().replace("_", ".")
     return variables.get(variable) or annotations.get(annotation) or None
@@ -91,7 +91,7 @@ def check_shape(config: object) -> dict[str, Any]:
             )
         return value
 
-    document = need(config, dict, "the document")
+    document: dict[str, Any] = need(config, dict, "the document")
     need(need(document.get("root"), dict, "root").get("path"), str, "root.path")
     process = need(document.get("process"), dict, "process")
     for entry in need(process.get("args"), list, "process.args"):
@@ -175,8 +175,8 @@ def admit(config: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
     """The configuration that may run in the enclave; the given one is not changed.
 
     Raises:
-        PolicyError: the host asks for something that the manifest does not allow; names it, what was expected, and how to
-            allow it.
+        PolicyError: the host asks for something that the manifest does not allow; names it, what was expected, and how
+            to allow it.
     """
     out = copy.deepcopy(config)
     process = out["process"]

@@ -122,7 +122,7 @@ class ControlServer:
         }
 
     def _attest(self, request: dict[str, Any]) -> dict[str, Any]:
-        from ..attestation.channel import EnclaveChannel, challenge_report_data
+        from ..attestation.channel import EnclaveChannel, report_data, runtime_data
         from ..attestation.evidence import Evidence
 
         try:
@@ -138,13 +138,13 @@ class ControlServer:
                 remedy="draw a fresh random one for each challenge",
             )
         channel = EnclaveChannel.new()
-        report_data = challenge_report_data(nonce, channel.public_jwk)
-        report = self._enclave.report(self._platform.quote_target_info(), report_data)
+        bound = runtime_data(nonce, channel.public_jwk)
+        report = self._enclave.report(self._platform.quote_target_info(), report_data(bound))
         evidence = Evidence(
             tee=self._platform.name,
             quote=self._platform.quote(report),
             collateral=self._platform.collateral(),
-            runtime_data={"nonce": base64.b64encode(nonce).decode(), "tee-pubkey": channel.public_jwk},
+            runtime_data=bound,
         )
         with self._lock:
             self._channels[_key_id(channel.public_jwk)] = channel
@@ -173,7 +173,7 @@ class ControlServer:
         return {"released": name.decode()}
 
 
-def _key_id(jwk: dict[str, Any]) -> str:
+def _key_id(jwk: dict[str, str]) -> str:
     return f"{jwk['x']}.{jwk['y']}"
 
 
@@ -185,5 +185,7 @@ def _read_line(connection: socket.socket) -> bytes:
             break
         data += chunk
         if len(data) > _REQUEST:
-            raise UsageError("the request is too large", id="control.request.size", expected=f"at most {_REQUEST} bytes")
+            raise UsageError(
+                "the request is too large", id="control.request.size", expected=f"at most {_REQUEST} bytes"
+            )
     return bytes(data)

@@ -6,9 +6,9 @@
       └─exec─▶ crun create|run ──▶ container
 
 The guard watches the caller (rune, which becomes crun), the runelet and the container. A dead runelet means a killed
-container; a dead container means the runelet's end; a caller that dies before the container exists means that all is taken
-back. It keeps to what ``os`` offers, so that it stays small and can hardly fail. If the guard itself is killed, the
-runelet does the same work from its side (:mod:`inclavare.runelet.session`).
+container; a dead container means the runelet's end; a caller that dies before the container exists means that all is
+taken back. It keeps to what ``os`` offers, so that it stays small and can hardly fail. If the guard itself is killed,
+the runelet does the same work from its side (:mod:`inclavare.runelet.session`).
 """
 
 from __future__ import annotations
@@ -156,6 +156,10 @@ class Guard:
             signal.pidfd_send_signal(self._runelet, signal.SIGKILL)
             poller.poll()
         try:
-            os.waitpid(self._runelet_pid, 0)
+            status = os.waitpid(self._runelet_pid, 0)[1]
         except ChildProcessError:
-            pass
+            status = 1
+        if status != 0:
+            from ..tee.base import reclaim
+
+            reclaim(self._job.node)

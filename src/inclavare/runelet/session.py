@@ -105,7 +105,7 @@ class Runelet:
             return canonical_name(value)
         if stored is None:
             raise UsageError("no enclave type was named", id="tee.type.missing", remedy="set ENCLAVE_TYPE")
-        accepted = stored.manifest().enclave.tee
+        accepted = stored.manifest.enclave.tee
         if len(accepted) != 1:
             raise UsageError(
                 "the image can run on several TEE platforms and none was named",
@@ -118,7 +118,7 @@ class Runelet:
     def _identity(self, stored: stored_files.Stored | None, tee: str, contents: int) -> tuple[Manifest, Tree]:
         """The manifest and the tree, as stored in the image or made here at first use."""
         if stored is not None:
-            manifest, tree = stored.manifest(), stored.tree()
+            manifest, tree = stored.manifest, stored.tree
             if admission.requested(self._job.config, "ENCLAVE_DEBUG") and not manifest.enclave.debug:
                 raise PolicyError(
                     "ENCLAVE_DEBUG is set, but the image was signed as a production enclave",
@@ -294,7 +294,7 @@ def _check_secrets(manifest: Manifest) -> None:
     for secret in manifest.secrets:
         if secret.required:
             raise PlatformError(
-                f"the manifest requires the secret {secret.uri} before the start, and no key broker client is available",
+                f"the manifest requires the secret {secret.uri} before the start, and there is no key broker client",
                 id="runelet.secret.unavailable",
                 remedy="set required = false and release it with `inclavare secret get` after the start",
             )

@@ -1,8 +1,8 @@
 """The ``native`` runtime: the application runs on the host's kernel, inside what the runelet shields.
 
-There is no LibOS. The measured tree is its root, what it writes is encrypted, and the enclave's keys and reports reach it
-through ``/dev/attestation``. The application's own memory is not enclave memory: on ``sgx-sim`` this protects against other
-users and against changed images, not against the host's root (docs/threat-model.md).
+There is no LibOS. The measured tree is its root, what it writes is encrypted, and the enclave's keys and reports reach
+it through ``/dev/attestation``. The application's own memory is not enclave memory: on ``sgx-sim`` this protects
+against other users and against changed images, not against the host's root (docs/threat-model.md).
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class NativeSession:
     volumes: dict[str, Path] = field(default_factory=dict)
 
     def add_volume(self, number: int, path: str, key: str, enclave: Enclave) -> None:
-        """Mount an encrypted volume: ciphertext in the host's bind mount for that path, or else in this start's scratch.
+        """Mount an encrypted volume: its ciphertext is the host's bind mount for that path, else this start's scratch.
 
         Raises:
             PlatformError: the key's source cannot be used here.
@@ -180,4 +180,3 @@ def _bind(destination: str, source: Path, *options: str) -> dict[str, Any]:
 
 
 RUNTIME = NativeRuntime()
-

@@ -1,13 +1,14 @@
 """An encrypted directory: gocryptfs over a directory of the host, under a key that the host never sees.
 
 gocryptfs runs with an explicit master key that it reads from a pipe (never from argv or a file), so there is no
-configuration file and no password to stretch. The adversary who owns the directory sees sizes and times, can delete, and can
-put back old versions of whole files of the same mount; contents and names stay secret and cannot be changed unnoticed.
+configuration file and no password to stretch. The adversary who owns the directory sees sizes and times, can delete,
+and can put back old versions of whole files; contents and names stay secret and cannot be changed unnoticed.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -19,10 +20,6 @@ from .secrets import Secret
 
 KEY_SIZE = 32
 _DEADLINE_SECONDS = 10.0
-
-
-def _dies_with_parent() -> None:
-    mounts.prctl(mounts.PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class EncryptedDirectory:
@@ -45,23 +42,32 @@ class EncryptedDirectory:
             PlatformError: gocryptfs is not installed.
         """
         command = [
-            "gocryptfs", "-fg", "-q", "-nosyslog", "-allow_other", "-suid", "-dev", "-exec",
+            "setpriv", "--pdeathsig", "KILL",
+            "gocryptfs", "-notifypid", str(os.getpid()), "-fg", "-q", "-nosyslog", "-allow_other", "-suid", "-dev", "-exec",
             "-masterkey=stdin", "-deterministic-names", str(cipher), str(mount_point),
         ]  # fmt: skip
+        path = os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        if shutil.which("gocryptfs", path=path) is None:
+            raise PlatformError(
+                "gocryptfs is not installed; it encrypts what an enclave container writes",
+                id="shield.encrypted.missing",
+                remedy="apt-get install gocryptfs fuse3",
+            )
+        # gocryptfs says by SIGUSR1 that it is ready, and wait() takes the signal off; no thread may be hit by it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         try:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                preexec_fn=_dies_with_parent,
-                env={"PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), "HOME": "/"},
+                env={"PATH": path, "HOME": "/"},
             )
         except FileNotFoundError:
             raise PlatformError(
-                "gocryptfs is not installed; it encrypts what an enclave container writes",
+                "setpriv is not installed; it ties gocryptfs to this process's life",
                 id="shield.encrypted.missing",
-                remedy="apt-get install gocryptfs fuse3",
+                remedy="apt-get install util-linux",
             ) from None
         assert process.stdin is not None
         try:
@@ -77,14 +83,18 @@ class EncryptedDirectory:
         return self._process.pid
 
     def wait(self) -> None:
-        """Wait until the mount is there.
+        """Wait until the directory is usable; call from the main thread, before another is started.
 
         Raises:
             ResourceError: gocryptfs ended or did not mount in time.
         """
-        outside = os.stat(os.path.dirname(self.mount_point)).st_dev
         deadline = time.monotonic() + _DEADLINE_SECONDS
-        while os.stat(self.mount_point).st_dev == outside:
+        while True:
+            # Not the mere appearance of the mount: gocryptfs then still looks up a file in it itself, and a request of
+            # ours that has it change its user id meanwhile would wait for that thread, and that thread for us.
+            ready = signal.sigtimedwait({signal.SIGUSR1}, 0.02)
+            if ready is not None and ready.si_pid == self._process.pid:
+                return
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise ResourceError(
                     "gocryptfs could not mount the encrypted layer",
@@ -92,7 +102,6 @@ class EncryptedDirectory:
                     found=self._last_words(),
                     remedy="check that /dev/fuse exists and that the disk under state_dir has room",
                 )
-            time.sleep(0.001)
 
     def _last_words(self) -> str:
         self._process.kill()

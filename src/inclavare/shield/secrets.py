@@ -1,8 +1,8 @@
 """Memory for keys and secrets: ``memfd_secret`` pages where the kernel has them, locked private memory elsewhere.
 
 ``memfd_secret`` (Linux 5.14) takes pages out of the kernel's direct map, so that neither another process nor most
-kernel bugs can read them. Python objects made on the way (a decrypted message, a reply to a read) are ordinary memory of a
-process that is not dumpable; they live as short as possible.
+kernel bugs can read them. Python objects made on the way (a decrypted message, a reply to a read) are ordinary memory
+of a process that is not dumpable; they live as short as possible.
 """
 
 from __future__ import annotations
