@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import hmac
 import time
@@ -82,6 +81,6 @@ def _answers(evidence: Evidence, nonce: bytes) -> bool:
         text = (evidence.runtime_data or {}).get("nonce")
         try:
             found = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
-        except binascii.Error:
+        except ValueError:
             found = b""
     return bool(nonce) and hmac.compare_digest(found, nonce)

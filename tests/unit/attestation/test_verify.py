@@ -12,6 +12,7 @@ import dcap_qvl
 import pytest
 from attested import Attested
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
@@ -345,6 +346,41 @@ def test_certificates_have_one_purpose(attested: Attested) -> None:
     assert cause(evidence, attested.policy, attested.now) == "evidence.certificate.purpose"
 
 
+def recertified(attested: Attested, common_name: str, extension: bytes | None) -> Evidence:
+    """The quote with another certificate for the platform's own PCK, issued by its own CA."""
+    made = manufacturer(attested)
+    key = made.pck.public_key()
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    certificate = provisioning._certificate(
+        common_name, key, made.platform_ca, made.platform_ca.key, ca_path_length=None, sgx_extension=extension
+    )
+    chain = certificate.public_bytes(Encoding.PEM) + made.platform_ca.pem.encode() + made.root.pem.encode()
+    return with_quote(attested, cert_data=chain)
+
+
+def test_pck_certificate_must_say_what_it_certifies(attested: Attested) -> None:
+    name = "SIMULATED SGX PCK Certificate"
+    whole = provisioning._sgx_extension(bytes(16), attested.platform._session().cpusvn)
+    good = recertified(attested, name, whole)
+    assert verify(good, attested.policy, now=attested.now).accepted
+    short = provisioning._sgx_extension(bytes(16), attested.platform._session().cpusvn[:15])
+    for extension in (None, b"", b"\x30\x00", whole[:-1], short):
+        evidence = recertified(attested, name, extension)
+        assert cause(evidence, attested.policy, attested.now) == "evidence.certificate.malformed"
+    other = recertified(attested, "SIMULATED SGX TCB Signing", whole)
+    assert cause(other, attested.policy, attested.now) == "evidence.certificate.purpose"
+
+
+def test_crl_of_another_authority_under_the_same_root(attested: Attested) -> None:
+    made = manufacturer(attested)
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = "SIMULATED SGX PCK Processor CA"
+    certificate = provisioning._certificate(name, key.public_key(), made.root, made.root.key, ca_path_length=0)
+    sibling = provisioning.Authority(certificate, key)
+    evidence = with_collateral(attested, pck_crl_issuer_chain=sibling.pem + made.root.pem)
+    assert cause(evidence, attested.policy, attested.now) == "evidence.collateral.mismatch"
+
+
 # Collateral
 
 
@@ -382,6 +418,12 @@ def test_every_value_of_the_collateral_counts(attested: Attested) -> None:
         ("tcb_info", "id", "TDX", "evidence.collateral.mismatch"),
         ("tcb_info", "tcbLevels", [], "evidence.tcb.unknown"),
         ("tcb_info", "tcbLevels", [{"tcb": {}}], "evidence.collateral.malformed"),
+        ("tcb_info", "tcbLevels", None, "evidence.collateral.malformed"),
+        ("tcb_info", "fmspc", 1, "evidence.collateral.malformed"),
+        ("tcb_info", "tcbEvaluationDataNumber", "many", "evidence.collateral.malformed"),
+        ("tcb_info", "nextUpdate", "soon", "evidence.collateral.malformed"),
+        ("qe_identity", "issueDate", 0, "evidence.collateral.malformed"),
+        ("qe_identity", "attributesMask", "zz", "evidence.collateral.malformed"),
         ("qe_identity", "id", "TD_QE", "evidence.collateral.mismatch"),
         ("qe_identity", "mrsigner", "00" * 32, "evidence.quote.qe_identity"),
         ("qe_identity", "isvprodid", 9, "evidence.quote.qe_identity"),
@@ -460,6 +502,10 @@ def test_challenge_without_runtime_data(attested: Attested) -> None:
     result = verify(bare, attested.policy, nonce=attested.nonce, now=attested.now)
     assert [failure.id for failure in result.failures] == ["freshness.nonce"]
     assert not verify(attested.evidence, attested.policy, nonce=b"", now=attested.now).accepted
+    for nonce in ("\u00e9", "!", 5, None):
+        odd = replace(attested.evidence, runtime_data={**(attested.evidence.runtime_data or {}), "nonce": nonce})
+        result = verify(odd, attested.policy, nonce=attested.nonce, now=attested.now)
+        assert {failure.id for failure in result.failures} == {"freshness.nonce", "binding.report_data"}
 
 
 def test_report_data(attested: Attested) -> None:

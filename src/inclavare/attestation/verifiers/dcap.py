@@ -136,7 +136,7 @@ def verify_quote(
         level = _tcb_level(tcb_info, pck)
         qe_level = _qe_level(qe_identity, qe_body)
         evaluation_number = int(tcb_info["tcbEvaluationDataNumber"])
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         # It is signed, so its issuer wrote something that this version does not know.
         raise _refused("collateral.malformed", "the collateral's contents are not understood", repr(error)) from None
     status = level.status
