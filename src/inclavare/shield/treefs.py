@@ -187,7 +187,7 @@ class TreeFs:
         try:
             data = os.pread(self._host_file(index), expected, start)
         except OSError as error:
-            self._on_violation(self.path(index), f"cannot be read on the host: {error.strerror}")
+            self._on_violation(self.path(index), f"the host's file cannot be used: {error.strerror}")
             raise fuse.FuseError(errno.EIO) from None
         view = memoryview(data)
         for number in range(first, last + 1):
@@ -212,9 +212,10 @@ class TreeFs:
             os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW,
             RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS,
         )
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_size != self._tree.node(index).size:
             os.close(fd)
-            raise OSError(errno.EINVAL, "not a regular file")
+            raise OSError(errno.EINVAL, "another type or size than measured")
         files[index] = fd
         if len(files) > _OPEN_FILES:
             os.close(files.popitem(last=False)[1])

@@ -1,0 +1,117 @@
+"""What the commands that challenge, verify and release share."""
+
+from __future__ import annotations
+
+import base64
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from ..attestation import Appraisal, Evidence
+    from ..attestation.policy import Policy
+
+policy_option = click.option(
+    "-p",
+    "--policy",
+    "policy_path",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Appraisal policy (TOML).",
+)
+root_option = click.option(
+    "--root-ca",
+    "root_path",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Root CA of a simulated platform, PEM or DER; as trust_anchor in the policy. Never used for hardware.",
+)
+
+
+def hex_bytes(text: str, what: str, minimum: int, maximum: int) -> bytes:
+    """Bytes of a hexadecimal option.
+
+    Raises:
+        UsageError: not hexadecimal, or too few or too many bytes.
+    """
+    try:
+        value = bytes.fromhex(text)
+    except ValueError:
+        value = b""
+    if not minimum <= len(value) <= maximum:
+        raise UsageError(
+            f"{what} is not hexadecimal of the right length",
+            id="cli.hex",
+            found=text[:80],
+            expected=f"{minimum} to {maximum} bytes",
+        )
+    return value
+
+
+def load_policy(path: Path, root: Path | None) -> Policy:
+    """The policy, with the root CA of the command line if one was named.
+
+    Raises:
+        UsageError: see :class:`~inclavare.attestation.policy.Policy`.
+    """
+    from ..attestation.policy import Policy
+
+    policy = Policy.load(path)
+    return policy if root is None else policy.with_trust_anchor(root.read_bytes())
+
+
+def challenge(container: str, nonce: bytes | None = None) -> tuple[Path, bytes, Evidence]:
+    """Challenge a running enclave container with a fresh nonce.
+
+    Returns:
+        the container's directory, the nonce (32 bytes where drawn here), the evidence.
+
+    Raises:
+        InclavareError: no such container, or its enclave does not answer.
+    """
+    from ..attestation import Evidence
+    from ..config import load
+    from ..runelet import client
+
+    directory = client.find(load(), container)
+    nonce = nonce or os.urandom(32)
+    reply = client.call(directory, {"op": "attest", "nonce": base64.b64encode(nonce).decode()})
+    return directory, nonce, Evidence.from_dict(reply["evidence"])
+
+
+def show_appraisal(appraisal: Appraisal) -> None:
+    """The verdict, every failed claim, and the claims."""
+    from ._output import print_fields
+
+    verdict = click.style("accepted", fg="green") if appraisal.accepted else click.style("refused", fg="red")
+    click.echo(f"{verdict}: {_identity(appraisal.claims.to_dict())}")
+    for failure in appraisal.failures:
+        parts = ("found", "expected", "remedy", "id")
+        print_fields([(part, getattr(failure, part)) for part in parts], title=f"failed claim: {failure.claim}")
+    claims = appraisal.claims.to_dict().items()
+    rows = [(name, "-" if value in (None, "", (), []) else _flat(value)) for name, value in claims]
+    print_fields(rows, title="claims")
+
+
+def _identity(claims: dict[str, Any]) -> str:
+    kind = "a SIMULATED enclave" if claims["simulated"] else "an enclave"
+    return f"{kind} on {claims['tee']}, MRENCLAVE {claims['mrenclave']}"
+
+
+def _flat(value: Any) -> Any:
+    return ", ".join(str(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def finish(appraisal: Appraisal, *, as_json: bool) -> None:
+    """Print the result; exit code 3 if it is a refusal."""
+    from ..errors import AppraisalError
+    from ._output import print_json
+
+    if as_json:
+        print_json(appraisal.to_dict())
+    else:
+        show_appraisal(appraisal)
+    if not appraisal.accepted:
+        click.get_current_context().exit(AppraisalError.exit_code)
