@@ -30,7 +30,7 @@ unit: setup ## the unit tests only: no containers, no daemons (ARGS=-k name)
 lint: setup ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy src bench tests/conformance/run.py
 	$(BIN)/lint-imports
 
 bench: setup ## ratios against runc and crun, side by side (ARGS=--json)
