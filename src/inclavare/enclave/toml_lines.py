@@ -44,7 +44,8 @@ class _Scanner:
                     self._counts[table] = count + 1
                     self.lines.setdefault(table, line)
                     table = (*table, count)
-                self.lines.setdefault(table, line)
+                for length in range(1, len(table) + 1):
+                    self.lines.setdefault(table[:length], line)
                 self._at += 2 if array else 1
             else:
                 self._pair(table)
