@@ -74,7 +74,7 @@ def parse_size(value: object) -> int:
     text = value.strip().upper().removesuffix("IB").removesuffix("B")
     digits = text.rstrip("KMGT")
     if not digits.isascii() or not digits.isdigit() or text[len(digits) :] not in _UNITS:
-        raise ValueError(f"not a size: {value!r} (write for example 4096, \"256M\" or \"1G\")")
+        raise ValueError(f'not a size: {value!r} (write for example 4096, "256M" or "1G")')
     return int(digits) * _UNITS[text[len(digits) :]]
 
 

@@ -84,7 +84,8 @@ def command(
                         remedy="add --tee sgx-sim (software, for development) or --tee intelSgx, "
                         "or build it with inclavare build",
                     )
-                manifest = build.derive_manifest(opened.config, opened.rootfs)
+                own = {**opened.config, "Entrypoint": [], "Cmd": list(args)} if args else opened.config
+                manifest = build.derive_manifest(own, opened.rootfs)
         bundle = work / "run"
         bundle.mkdir()
         config = oci_config(manifest, opened.rootfs, network=network, read_only=read_only)
