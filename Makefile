@@ -21,8 +21,9 @@ demo: setup ## an image becomes an enclave container, is attested and gets a sec
 
 test: setup ## all tests, with branch coverage of what decides (ARGS=-k name)
 	@rm -f .coverage .coverage.*
-	$(BIN)/coverage run --branch -m pytest $(ARGS)
-	@$(BIN)/coverage report --skip-empty --include='$(subst $(space),$(comma),$(foreach p,$(COVERED),*/inclavare/$(p)/*))'
+	@status=0; $(BIN)/coverage run --branch -m pytest $(ARGS) || status=$$?; \
+	$(BIN)/coverage report --skip-empty --include='$(subst $(space),$(comma),$(foreach p,$(COVERED),*/inclavare/$(p)/*))'; \
+	exit $$status
 
 unit: setup ## the unit tests only: no containers, no daemons (ARGS=-k name)
 	$(BIN)/python -m pytest tests/unit $(ARGS)
@@ -30,7 +31,8 @@ unit: setup ## the unit tests only: no containers, no daemons (ARGS=-k name)
 lint: setup ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy src bench tests/conformance/run.py
+	$(BIN)/mypy src bench
+	$(BIN)/mypy tests/conformance/run.py
 	$(BIN)/lint-imports
 
 bench: setup ## ratios against runc and crun, side by side (ARGS=--json)
