@@ -43,8 +43,9 @@ class EncryptedDirectory:
         """
         command = [
             "setpriv", "--pdeathsig", "KILL",
-            "gocryptfs", "-notifypid", str(os.getpid()), "-fg", "-q", "-nosyslog", "-allow_other", "-suid", "-dev", "-exec",
-            "-masterkey=stdin", "-deterministic-names", str(cipher), str(mount_point),
+            "gocryptfs", "-notifypid", str(os.getpid()), "-fg", "-q", "-nosyslog",
+            "-allow_other", "-suid", "-dev", "-exec", "-masterkey=stdin", "-deterministic-names",
+            str(cipher), str(mount_point),
         ]  # fmt: skip
         path = os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
         if shutil.which("gocryptfs", path=path) is None:
