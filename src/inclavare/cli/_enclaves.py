@@ -120,6 +120,21 @@ def require_stored(found: Stored | None, text: str) -> Stored:
     return found
 
 
+def built_by_other_code(found: Stored) -> str | None:
+    """A remedy, if the image was built by an inclavare whose measured code differs from this one's."""
+    import json
+
+    from ..enclave.image import runtime_digest
+
+    try:
+        built = json.loads(found.build)
+        if built["runtime_digest"] != runtime_digest().hex():
+            return f"it was built by inclavare {built['inclavare']} with other code than this one's; build it again"
+    except (ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
 def sigstruct_fields(sigstruct: bytes) -> dict[str, Any]:
     """The fields of a SIGSTRUCT that mean something to people, and whether its signature holds.
 

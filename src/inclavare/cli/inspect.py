@@ -7,8 +7,16 @@ from typing import Any
 
 import click
 
-from ._enclaves import image_of, read_stored, require_stored, sigstruct_fields, tls_option, tree_statistics
-from ._output import Steps, json_option, print_fields, print_json, print_table, printable, size
+from ._enclaves import (
+    built_by_other_code,
+    image_of,
+    read_stored,
+    require_stored,
+    sigstruct_fields,
+    tls_option,
+    tree_statistics,
+)
+from ._output import Steps, json_option, note, print_fields, print_json, print_table, printable, size
 
 
 @click.command("inspect")
@@ -49,6 +57,9 @@ def command(source: str, files: bool, tls_verify: bool, as_json: bool) -> None:
         "tree": tree_statistics(tree),
         "build": _informative(found.build),
     }
+    other = built_by_other_code(found)
+    if other is not None:
+        note(f"MRENCLAVE is this inclavare's, not the builder's: {other}")
     if as_json:
         print_json(document)
         return

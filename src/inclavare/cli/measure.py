@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ._enclaves import differences, image_of, manifest_option, read_manifest, tls_option
+from ._enclaves import built_by_other_code, differences, image_of, manifest_option, read_manifest, tls_option
 from ._output import Steps, json_option, print_fields, print_json
 
 
@@ -65,8 +65,8 @@ def command(
                 else "differs"
             )
             if problem is not None:
+                problem.remedy = built_by_other_code(carried) or problem.remedy
                 result["problem"] = problem.to_dict()
-                problem.remedy = _remedy(carried, problem)
     if as_json:
         print_json(result)
     else:
@@ -75,22 +75,6 @@ def command(
         if as_json:
             click.get_current_context().exit(problem.exit_code)
         raise problem
-
-
-def _remedy(carried: Any, problem: Any) -> str | None:
-    """Say so where the reason is another version of inclavare rather than another image."""
-    import json
-
-    from ..enclave.image import runtime_digest
-
-    try:
-        built = json.loads(carried.build)
-        if built["runtime_digest"] != runtime_digest().hex():
-            return f"it was built by inclavare {built['inclavare']} with other code than this one's; build it again"
-    except (ValueError, KeyError, TypeError):
-        pass
-    found: str | None = problem.remedy
-    return found
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -415,18 +415,37 @@ def push(layout: Path, destination: Reference, *, force: bool, tls_verify: bool,
         with new_directory(path, force) as new_layout:
             skopeo_copy(what, image, f"oci:{new_layout}{suffix}")
     elif destination.transport == "oci":
-        before = set((path / "blobs").rglob("*"))
-        index = (path / "index.json").read_bytes()
-        try:
-            skopeo_copy(what, image, f"oci:{path}{suffix}")
-        except InclavareError:
-            write_atomically(path / "index.json", index)
-            for blob in set((path / "blobs").rglob("*")) - before:
-                if blob.is_file():
-                    blob.unlink()
-            raise
+        _push_into_layout(what, image, path, suffix)
     else:
         skopeo_copy(what, *_tls(destination, "dest", tls_verify), image, destination.text)
+
+
+def _push_into_layout(what: str, image: str, path: Path, suffix: str) -> None:
+    index = path / "index.json"
+    before = index.read_bytes()
+    blobs = set((path / "blobs").rglob("*"))
+    try:
+        skopeo_copy(what, image, f"oci:{path}{suffix}")
+        # skopeo keeps the image that had the tag, without a name; who replaces an image wants it gone.
+        known = json.loads(before)["manifests"]
+        after = json.loads(index.read_bytes())
+        kept = [entry for entry in after["manifests"] if entry.get("annotations") or entry in known]
+        replaced = len(kept) < len(after["manifests"])
+        if replaced:
+            write_atomically(index, json.dumps({**after, "manifests": kept}).encode())
+    except (InclavareError, OSError) as error:
+        write_atomically(index, before)
+        for blob in set((path / "blobs").rglob("*")) - blobs:
+            if blob.is_file():
+                blob.unlink()
+        if isinstance(error, OSError):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise full_disk(str(path), error) from None
+            raise UsageError(f"{path} cannot be written", id="enclave.oci.write", found=error.strerror) from None
+        raise
+    if replaced:
+        # From here on the old image is no longer complete, so nothing may be taken back.
+        run("removing the image that was replaced", "umoci", "gc", "--layout", path)
 
 
 # --- looking -----------------------------------------------------------------------------------------------------
