@@ -39,7 +39,7 @@ class Commands(click.Group):
             formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; refusals end with their own exit code (see ``docs/cli.md``)."""
+        """Run a command; refusals end with their own exit code (``inclavare --help`` lists them)."""
         from ..errors import InclavareError
 
         try:

@@ -42,6 +42,8 @@ _NO_CHILDREN: dict[bytes, int] = {}
 MAX_DEPTH = 512
 #: Below this many bytes to hash, starting threads costs more than it saves.
 _THREADS_FROM = 4 << 20
+#: A file of at least this many bytes is worth a thread.
+_THREAD_FILE = 512 << 10
 
 
 class Node(NamedTuple):
@@ -644,17 +646,21 @@ def _hash_files(
         if cache is not None:
             cache.put(item.key, item.entry.blocks)
 
-    total = sum(item.entry.size for item in missing)
+    # Hashing lets go of the interpreter lock for large pieces only: threads make small files slower.
+    large = [item for item in missing if item.entry.size >= _THREAD_FILE]
     workers = min(os.cpu_count() or 1, 4)
-    if total < _THREADS_FROM or workers == 1:
+    if sum(item.entry.size for item in large) < _THREADS_FROM or workers == 1:
         for item in missing:
             one(item)
         return
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(workers, thread_name_prefix="measure") as pool:
-        futures = [pool.submit(one, item) for item in missing]
+        futures = [pool.submit(one, item) for item in large]
         try:
+            for item in missing:
+                if item.entry.size < _THREAD_FILE:
+                    one(item)
             for future in futures:
                 future.result()
         except BaseException:
