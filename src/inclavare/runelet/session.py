@@ -62,7 +62,8 @@ class Runelet:
                 expected=", ".join(manifest.enclave.tee),
                 remedy="set ENCLAVE_TYPE to one of these, or change [enclave] tee in enclave.toml and build again",
             )
-        config = admission.admit(job.config, manifest)
+        asked = admission.with_absolute_sources(job.config, str(job.bundle))
+        config = admission.admit(asked, manifest, resolve=lambda path: admission.follow_links(tree, path))
         _check_secrets(manifest)
         kind = runtime(manifest.enclave.runtime)
         container = Container(
@@ -119,7 +120,7 @@ class Runelet:
         """The manifest and the tree, as stored in the image or made here at first use."""
         if stored is not None:
             manifest, tree = stored.manifest, stored.tree
-            if admission.requested(self._job.config, "ENCLAVE_DEBUG") and not manifest.enclave.debug:
+            if admission.wants_debug(self._job.config) and not manifest.enclave.debug:
                 raise PolicyError(
                     "ENCLAVE_DEBUG is set, but the image was signed as a production enclave",
                     id="admission.debug.refused",
@@ -137,8 +138,8 @@ class Runelet:
             )
         template = self._template()
         fields = admission.manifest_fields(self._job.config, template)
-        debug = admission.requested(self._job.config, "ENCLAVE_DEBUG") or ""
-        manifest = _measured_at_first_use(template, fields, tee, debug=debug.lower() in ("1", "true", "yes"))
+        debug = admission.wants_debug(self._job.config)
+        manifest = _measured_at_first_use(template, fields, tee, debug=debug)
         rootfs = Path(f"/proc/self/fd/{contents}")
         cache = DigestCache(self._digest_cache())
         tree = build(rootfs, cache=cache, trusted=manifest.files.trusted, allowed=manifest.files.allowed)
@@ -355,7 +356,9 @@ def main(job: Job, guard: socket.socket, link: socket.socket) -> NoReturn:
 
 
 def _send_error(link: socket.socket, error: InclavareError) -> None:
+    # Cut, so that a long argument vector in an error still fits into the one message that rune reads.
+    fields = {key: value[:2000] if isinstance(value, str) else value for key, value in error.to_dict().items()}
     try:
-        link.sendall(json.dumps({"error": error.to_dict()}).encode())
+        link.sendall(json.dumps({"error": fields}).encode())
     except OSError:
         pass  # rune is gone

@@ -1,0 +1,246 @@
+"""Every rule of admission, with what passes and what does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inclavare.enclave.manifest import Manifest
+from inclavare.enclave.tree import build
+from inclavare.errors import InclavareError, PolicyError, UsageError
+from inclavare.runelet import admission
+
+
+def manifest(toml: str = "") -> Manifest:
+    base = '[process]\nargs = ["/bin/app", "x"]\nenv = {PATH = "/bin", MODE = "safe"}\n'
+    return Manifest.parse(base + toml, "test")
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    """A configuration that the manifest above admits; ``process`` is merged, the rest replaced."""
+    process = {"args": ["/bin/app", "x"], "env": ["PATH=/bin"], "cwd": "/", "user": {"uid": 0, "gid": 0}}
+    process.update(changes.pop("process", {}))
+    return {
+        "root": {"path": "rootfs"},
+        "process": process,
+        "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+        "linux": {"namespaces": [{"type": "mount"}]},
+        **changes,
+    }
+
+
+def refusal(document: dict[str, Any], toml: str = "", **kwargs: Any) -> str:
+    with pytest.raises(PolicyError) as caught:
+        admission.admit(document, manifest(toml), **kwargs)
+    assert caught.value.remedy
+    return caught.value.id
+
+
+def bind(destination: str) -> dict[str, Any]:
+    return {"destination": destination, "type": "bind", "source": "/srv", "options": ["rbind"]}
+
+
+def test_what_the_manifest_says_passes_and_the_original_is_not_changed() -> None:
+    document = config(annotations={"enclave.type": "sgx-sim", "other": "1"})
+    before = json.dumps(document)
+    admitted = admission.admit(document, manifest())
+    assert admitted["process"]["env"] == ["PATH=/bin", "MODE=safe"]
+    assert admitted["annotations"] == {"other": "1"}
+    assert json.dumps(document) == before
+
+
+def test_arguments() -> None:
+    other = config(process={"args": ["/bin/app", "y"]})
+    assert refusal(other) == "admission.args.refused"
+    assert refusal(config(process={"args": ["/bin/app"]})) == "admission.args.refused"
+    free = manifest().with_process(args_from_host=True)
+    assert admission.admit(other, free)["process"]["args"] == ["/bin/app", "y"]
+
+
+def test_environment() -> None:
+    assert refusal(config(process={"env": ["LD_PRELOAD=/x"]})) == "admission.env.refused"
+    assert refusal(config(process={"env": ["MODE=fast"]})) == "admission.env.refused"
+    assert refusal(config(process={"env": ["MODE=safe", "MODE=fast"]})) == "admission.env.refused"
+    taken = manifest().with_process(env_from_host=("TZ", "APP_*"))
+    env = ["TZ=UTC", "APP_A=1", "KUBERNETES_PORT=tcp://x", "DB_SERVICE_HOST=h", "HOSTNAME=h", "ENCLAVE_TYPE=sgx-sim"]
+    admitted = admission.admit(config(process={"env": env}), taken)
+    assert admitted["process"]["env"] == ["PATH=/bin", "MODE=safe", "TZ=UTC", "APP_A=1"]
+    # A PATH of the engine's own neither replaces the measured one nor stops the start.
+    assert "PATH=/bin" in admission.admit(config(process={"env": ["PATH=/evil"]}), manifest())["process"]["env"]
+
+
+@pytest.mark.parametrize(("change", "id"), [
+    ({"user": {"uid": 1, "gid": 0}}, "admission.user.refused"),
+    ({"user": {"uid": 0, "gid": 5}}, "admission.user.refused"),
+    ({"cwd": "/tmp"}, "admission.cwd.refused"),
+])  # fmt: skip
+def test_user_and_directory(change: dict[str, Any], id: str) -> None:
+    assert refusal(config(process=change)) == id
+
+
+@pytest.mark.parametrize("mount", [
+    bind("/data"),
+    bind("/"),
+    bind("/allowed/../etc"),
+    bind("//etc"),
+    bind("/allowedx"),
+    bind("/etc/hosts.d"),
+    bind("etc"),
+    {"destination": "/data", "type": "tmpfs"},
+    {"destination": "/proc", "type": "bind", "source": "/srv", "options": ["bind"]},
+    {"destination": "/dev/pts", "type": "tmpfs", "options": ["rbind"], "source": "/srv"},
+    {"destination": "/usr", "type": "overlay", "source": "overlay"},
+    {"destination": "/usr", "type": "proc"},
+    {"destination": "/run", "type": "tmpfs", "options": ["bind"], "source": "/srv"},
+])  # fmt: skip
+def test_mounts_that_are_refused(mount: dict[str, Any]) -> None:
+    assert refusal(config(mounts=[mount]), '[files]\nallowed = ["/allowed"]\n') == "admission.mount.refused"
+
+
+@pytest.mark.parametrize(
+    "destination", ["/dev/attestation", "/dev/attestation/keys", "/dev//attestation/", "/dev/x/../attestation"]
+)
+def test_nothing_hides_dev_attestation(destination: str) -> None:
+    toml = '[files]\nallowed = ["/dev"]\n'
+    assert refusal(config(mounts=[bind(destination)]), toml) == "admission.mount.attestation"
+
+
+def test_mounts_that_pass() -> None:
+    toml = """[files]
+allowed = ["/allowed"]
+tmpfs = ["/tmp"]
+[[files.encrypted]]
+path = "/secret"
+key = "sealed:mrenclave"
+"""
+    mounts = [
+        bind("/allowed"), bind("/allowed/below/"), bind("/secret"), bind("/etc/hosts"), bind("/etc/resolv.conf"),
+        bind("/dev/shm"), {"destination": "/tmp", "type": "tmpfs"}, {"destination": "/dev", "type": "tmpfs"},
+        {"destination": "/sys/fs/cgroup", "type": "cgroup"},
+    ]  # fmt: skip
+    assert len(admission.admit(config(mounts=mounts), manifest(toml))["mounts"]) == len(mounts)
+
+
+def test_mounts_through_links_of_the_image(tmp_path: Path) -> None:
+    for directory in ("etc", "data", "run"):
+        (tmp_path / directory).mkdir()
+    (tmp_path / "link").symlink_to("etc")
+    (tmp_path / "absolute").symlink_to("/data/../etc")
+    (tmp_path / "data/up").symlink_to("../../../etc")
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "chain").symlink_to("link")
+    tree = build(tmp_path)
+
+    def resolve(path: str) -> str:
+        return admission.follow_links(tree, path)
+
+    assert [resolve(path) for path in ("/link/x", "/absolute", "/data/up", "/chain/", "/data/new/x", "/data/../..")] == [
+        "/etc/x", "/etc", "/etc", "/etc", "/data/new/x", "/",
+    ]  # fmt: skip
+    toml = '[files]\nallowed = ["/link", "/data", "/absolute", "/circle"]\n'
+    for destination in ("/link", "/link/x", "/absolute", "/data/up/x"):
+        assert refusal(config(mounts=[bind(destination)]), toml, resolve=resolve) == "admission.mount.refused"
+    assert refusal(config(mounts=[bind("/circle")]), toml, resolve=resolve) == "admission.mount.links"
+    admission.admit(config(mounts=[bind("/data/new")]), manifest(toml), resolve=resolve)
+
+
+def test_masks_and_hooks() -> None:
+    for key in ("maskedPaths", "readonlyPaths"):
+        linux = {"namespaces": [{"type": "mount"}], key: ["/proc/kcore", "/etc/ssl"]}
+        assert refusal(config(linux=linux)) == "admission.mask.refused"
+        linux[key] = ["/proc/../etc"]
+        assert refusal(config(linux=linux)) == "admission.mask.refused"
+        linux[key] = ["/proc/kcore", "/sys/firmware"]
+        admission.admit(config(linux=linux), manifest())
+    hook = {"path": "/bin/hook", "args": ["hook", "a"]}
+    for name in ("createContainer", "startContainer"):
+        assert refusal(config(hooks={name: [hook]})) == "admission.hook.refused"
+        admission.admit(config(hooks={name: [hook]}), manifest().with_process(hooks=(("/bin/hook", "a"),)))
+        admission.admit(config(hooks={name: [hook]}), manifest().with_enclave(debug=True))
+    admission.admit(config(hooks={"createRuntime": [hook], "prestart": [hook], "poststop": [hook]}), manifest())
+
+
+def test_exec_policy() -> None:
+    named = manifest('[exec]\ncommands = ["/bin/id", ["/bin/sh", "-c", "date"]]\n')
+    for allowed in (["/bin/id"], ["/bin/id", "-u"], ["/bin/sh", "-c", "date"]):
+        admission.admit_exec(allowed, named)
+    for refused in (["/bin/sh"], ["/bin/sh", "-c", "date; id"], ["id"], [], ["/bin/id2"]):
+        with pytest.raises(PolicyError):
+            admission.admit_exec(refused, named)
+    admission.admit_exec(["/anything"], manifest('[exec]\ncommands = ["*"]\n'))
+    admission.admit_exec(["/anything"], manifest().with_enclave(debug=True))
+
+
+def test_requests_come_from_variables_first() -> None:
+    document = config(process={"env": ["ENCLAVE_TYPE=sgx-sim"]}, annotations={"enclave.type": "intelSgx"})
+    assert admission.requested(document, "ENCLAVE_TYPE") == "sgx-sim"
+    document["process"]["env"] = []
+    assert admission.requested(document, "ENCLAVE_TYPE") == "intelSgx"
+    assert admission.requested(document, "ENCLAVE_RUNTIME_PATH") is None
+
+
+paths = st.sampled_from(["/a", "/a/b", "/etc", "/etc/hosts", "/proc", "/dev", "/dev/shm", "/run", "/tmp/../etc", "/x/"])
+mounts = st.lists(st.fixed_dictionaries(
+    {"destination": paths, "type": st.sampled_from(["bind", "tmpfs", "proc", "none"]), "source": st.just("/srv")},
+    optional={"options": st.lists(st.sampled_from(["bind", "rbind", "ro"]), max_size=2)},
+), max_size=5)  # fmt: skip
+names = st.sampled_from(["A", "PATH", "MODE", "HOSTNAME", "ENCLAVE_TYPE", "X_SERVICE_HOST", "TERM"])
+env = st.lists(st.builds(lambda name, value: f"{name}={value}", names, st.text("ab", max_size=2)), max_size=5)
+argv = st.lists(st.text("ab/", min_size=1, max_size=3), min_size=1, max_size=3)
+
+
+@given(mounts, env, argv, st.integers(0, 3))
+def test_a_configuration_is_admitted_by_its_own_manifest(
+    mounts: list[dict[str, Any]], env: list[str], argv: list[str], uid: int
+) -> None:
+    document = config(mounts=mounts, process={"env": env, "args": argv, "user": {"uid": uid, "gid": uid}})
+    fields = admission.manifest_fields(document, Manifest())
+    own = Manifest().with_process(**{key: fields[key] for key in ("args", "env", "cwd", "user")})
+    own = own._replace(
+        process=own.process._replace(args=tuple(fields["args"])),
+        files=own.files._replace(allowed=tuple(fields["allowed"]), tmpfs=tuple(fields["tmpfs"])),
+    )
+    # The last of several values counts, as it does for the application.
+    last = {entry.partition("=")[0]: entry for entry in env}
+    document["process"]["env"] = list(last.values())
+    admitted = admission.admit(document, own)
+    assert admitted["process"]["args"] == argv
+    assert not [entry for entry in admitted["process"]["env"] if entry.startswith("ENCLAVE_")]
+
+
+@given(mounts, env)
+def test_nothing_comes_in_that_the_manifest_does_not_name(mounts: list[dict[str, Any]], env: list[str]) -> None:
+    own = manifest('[files]\nallowed = ["/a"]\n')
+    try:
+        admitted = admission.admit(config(mounts=mounts, process={"env": env}), own)
+    except PolicyError:
+        return
+    for entry in admitted["process"]["env"]:
+        name, _, value = entry.partition("=")
+        assert own.process.env.get(name) == value or name in own.process.env_from_host
+    for mount in admitted["mounts"]:
+        binds = {"bind", "rbind"} & set(mount.get("options", ())) or mount["type"] in ("bind", "none")
+        if binds:
+            assert mount["destination"] in ("/a", "/a/b", "/etc/hosts", "/dev/shm"), mount
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["root", "path", "process", "args", "env", "cwd", "mounts", "destination", "linux",
+                                       "namespaces", "type", "annotations"]), inner, max_size=5),
+)  # fmt: skip
+
+
+@given(values)
+def test_any_json_has_a_shape_or_a_clear_error(value: Any) -> None:
+    try:
+        admission.check_shape(value)
+    except InclavareError as error:
+        assert isinstance(error, UsageError)
+        assert error.remedy
