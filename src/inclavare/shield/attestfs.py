@@ -4,7 +4,7 @@
 file                mode  contents
 ==================  ====  ==========================================================================
 attestation_type    r     ``dcap``
-user_report_data    rw    64 bytes; shorter writes are padded with zeros, longer ones cut
+user_report_data    rw    64 bytes; shorter writes are padded with zeros, longer ones cut; in force at once
 target_info         rw    512 bytes, likewise
 my_target_info      r     512 bytes, this enclave's TARGETINFO
 report              r     432 bytes, EREPORT over target_info and user_report_data
@@ -76,6 +76,8 @@ _FILES = {
 _SIZES = {10: 4, 11: REPORT_DATA_SIZE, 12: TARGET_INFO_SIZE, 13: TARGET_INFO_SIZE, 14: REPORT_SIZE}
 _SEALING = {20: (b"_sgx_mrenclave", "mrenclave"), 21: (b"_sgx_mrsigner", "mrsigner")}
 _DEFAULT_KEY = 22
+#: Files that can be written, and the bytes of their whole value.
+_WRITABLE = {11: REPORT_DATA_SIZE, 12: TARGET_INFO_SIZE, _DEFAULT_KEY: KEY_SIZE}
 _FIRST_SECRET = 1000
 
 
@@ -236,10 +238,12 @@ class AttestFs:
     def _open(self, request: fuse.Request) -> bytes:
         flags = int.from_bytes(request.body[:4], "little")
         writing = flags & os.O_ACCMODE != os.O_RDONLY
+        if writing and request.node not in _WRITABLE:
+            raise fuse.FuseError(errno.EACCES)  # root's capabilities get it past the mode
         data = b"" if flags & os.O_ACCMODE == os.O_WRONLY else self._load(request.node, request.pid)
         number = next(self._numbers)
         with self._lock:
-            self._handles[number] = _Handle(data, bytearray() if flags & os.O_TRUNC or not writing else bytearray(data))
+            self._handles[number] = _Handle(data)
         return fuse.OPEN_OUT.pack(number, fuse.FOPEN_DIRECT_IO, 0)
 
     def _handle(self, number: int) -> _Handle:
@@ -257,13 +261,15 @@ class AttestFs:
     def _write(self, request: fuse.Request) -> bytes:
         number, offset, size, *_ = fuse.WRITE_IN.unpack_from(request.body)
         handle = self._handle(number)
-        if offset + size > 2 * fuse.MAX_WRITE:
-            raise fuse.FuseError(errno.EFBIG)
-        data = request.body[fuse.WRITE_IN.size : fuse.WRITE_IN.size + size]
-        if len(handle.written) < offset:
-            handle.written.extend(bytes(offset - len(handle.written)))
-        handle.written[offset : offset + size] = data
+        whole = _WRITABLE[request.node]
+        # As in Gramine each write replaces the value; only pieces that follow one another are put together.
+        if offset != len(handle.written) or offset >= whole:
+            handle.written.clear()
+        handle.written += request.body[fuse.WRITE_IN.size : fuse.WRITE_IN.size + size]
+        handle.data = bytes(handle.written)
         handle.dirty = True
+        if request.node != _DEFAULT_KEY or len(handle.written) == whole:
+            self._save(number, request)  # a key that is still too short is judged when the file is closed
         return struct.pack("<II", size, 0)
 
     def _flush(self, request: fuse.Request) -> bytes:

@@ -106,7 +106,8 @@ class EncryptedDirectory:
 
     def _last_words(self) -> str:
         self._process.kill()
-        _, errors = self._process.communicate()
+        self._process.wait()
+        errors = b"" if self._process.stderr is None else self._process.stderr.read()
         return " ".join(errors.decode(errors="replace").split())[-400:] or f"exit {self._process.returncode}"
 
     def alive(self) -> bool:

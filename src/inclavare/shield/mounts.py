@@ -47,6 +47,12 @@ def private_namespace() -> None:
     mount(None, "/", None, MS_REC | MS_SLAVE)
 
 
+def _unescape(name: bytes) -> bytes:
+    """The kernel writes space, tab, newline and backslash as a backslash and three octal digits."""
+    first, *rest = name.split(b"\\")
+    return first + b"".join(bytes([int(part[:3], 8)]) + part[3:] for part in rest)
+
+
 def prctl(option: int, value: int | bytes) -> None:
     """prctl(2) with one argument."""
     argument = ctypes.c_char_p(value) if isinstance(value, bytes) else ctypes.c_ulong(value)
@@ -56,6 +62,6 @@ def prctl(option: int, value: int | bytes) -> None:
 def mounted_below(path: str) -> Iterator[str]:
     """Mount points at or below ``path`` in this process's namespace, innermost first."""
     prefix = path.rstrip("/") + "/"
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as handle:
-        points = [line.split(" ")[4].encode().decode("unicode_escape") for line in handle]
+    with open("/proc/self/mountinfo", "rb") as handle:
+        points = [os.fsdecode(_unescape(line.split(b" ")[4])) for line in handle]
     yield from reversed([point for point in points if point == path or point.startswith(prefix)])
