@@ -22,6 +22,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,7 +62,11 @@ def isolated(action: Callable[[], object]) -> str:
             if inner:
                 os._exit(os.waitstatus_to_exitcode(os.waitpid(inner, 0)[1]) & 0xFF)
             _private_view()
-            os.write(writer, json.dumps(action()).encode())
+            before = _cgroups()
+            try:
+                os.write(writer, json.dumps(action()).encode())
+            finally:
+                _tidy(before)
         except BaseException as error:
             print(f"conformance: {type(error).__name__}: {error}", file=sys.stderr)
             os._exit(1)
@@ -108,6 +113,35 @@ def _private_view() -> None:
 DEVICES = [
     f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom", "tty", "fuse", "kmsg", "loop-control")
 ]
+
+
+def _cgroups() -> set[Path]:
+    return {path for path in Path(low_level.CGROUP_ROOT).glob("**") if path.is_dir()}
+
+
+def _tidy(before: set[Path]) -> None:
+    """Thaw what a suite left frozen, which no signal would end, kill it, and remove the cgroups that it made."""
+    for path in sorted(_cgroups(), key=lambda path: -len(path.parts)):
+        try:
+            # Processes of other PID namespaces show as 0: they are not ours.
+            ours = [int(pid) for pid in (path / "cgroup.procs").read_text().split() if pid not in ("0", "1")]
+            for pid in ours:
+                os.kill(pid, signal.SIGKILL)
+            if ours and (path / "freezer.state").exists():
+                (path / "freezer.state").write_text("THAWED")
+            if path not in before:
+                _remove(path)
+        except OSError:
+            continue  # gone, or somebody else's
+
+
+def _remove(cgroup: Path) -> None:
+    for _ in range(20):
+        try:
+            cgroup.rmdir()
+            return
+        except OSError:
+            time.sleep(0.01)  # a killed process leaves its cgroup in a moment
 
 
 # --- suites -----------------------------------------------------------------------------------------------------------
