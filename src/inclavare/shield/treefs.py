@@ -229,7 +229,10 @@ def _new_encode(rdev: int) -> int:
 
 
 def _raise_readahead(target: str) -> None:
-    """Let the kernel read four megabytes ahead, so that several requests are hashed at once; a sysfs that cannot be written costs speed only."""
+    """Let the kernel read four megabytes ahead, so that several requests are hashed at once.
+
+    A sysfs that cannot be written costs speed only.
+    """
     device = os.stat(target).st_dev
     try:
         with open(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb", "w") as handle:
