@@ -74,6 +74,8 @@ class Workspace:
             "TERM": "xterm",
             "INCLAVARE_CONFIG": str(config),
         }
+        #: Mounts that an engine makes for itself and may keep: not counted as left behind.
+        self.own_mounts: list[str] = []
         self._daemons: list[tuple[subprocess.Popen[bytes], Path]] = []
 
     def start(self, name: str, argv: list[str], ready: Callable[[], bool], **env: str) -> None:
@@ -126,6 +128,8 @@ class Workspace:
         deadline = time.monotonic() + 10
         while (left := processes_naming(str(self.root))) and time.monotonic() < deadline:
             time.sleep(0.2)
+        for point in set(self.own_mounts) & set(mounts_below(self.root)):
+            subprocess.run(["umount", point], check=False)
         mounts = mounts_below(self.root)
         for pid in left:
             try:
@@ -284,6 +288,8 @@ class Docker:
     def __init__(self, work: Workspace, daemon_json: str) -> None:
         self.work = work
         self.socket = work.root / "d.sock"
+        # Where the disk's mount is private, dockerd shares its data directory by a bind mount of its own.
+        work.own_mounts.append(f"{work.root}/dr")
         (work.root / "daemon.json").write_text(daemon_json)
         # CRI has no use here and would look for CNI.
         containerd = start_containerd(work, 'version = 2\ndisabled_plugins = ["io.containerd.grpc.v1.cri"]\n')
@@ -356,6 +362,7 @@ class Podman:
         self.work = work
         (work.root / "containers.conf").write_text(containers_conf)
         (work.root / "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
+        work.own_mounts += [f"{work.root}/pr/overlay", f"{work.root}/pp"]
         work.env.update(CONTAINERS_CONF=str(work.root / "containers.conf"), TMPDIR=str(work.root))
         self._cgroup = f"/{work.root.name}"
         tar = busybox_tar(work.root / "busybox.tar")
@@ -387,10 +394,6 @@ class Podman:
         """Remove every container and image, then the storage."""
         self("rm", "-f", "-a", "-t", "0")
         self("rmi", "-f", "-a")
-        for point in mounts_below(self.work.root):
-            # podman keeps its storage's own bind mount, and nothing else.
-            if point in (f"{self.work.root}/pr/overlay", f"{self.work.root}/pp"):
-                subprocess.run(["umount", point], check=False)
         self.work.close()
         remove_cgroups(self._cgroup)
 
