@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from daemons import Containerd, Docker, Podman, Workspace
+from runebox import need
 
 from inclavare.cli import _engines
 from inclavare.rune import launcher
@@ -18,15 +17,6 @@ from inclavare.rune import launcher
 def rune(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The launcher of this tree's rune, for the interpreter that runs the tests."""
     return launcher.write(tmp_path_factory.mktemp("bin") / "rune")
-
-
-def need(*programs: str) -> None:
-    """Skip where the machine lacks what the test drives."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
-    missing = [program for program in programs if shutil.which(program) is None]
-    if missing:
-        pytest.skip(f"not installed: {', '.join(missing)} (make setup)")
 
 
 def _opened(

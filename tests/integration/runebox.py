@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 APPLETS = [
     "sh",
     "true",
@@ -36,6 +38,15 @@ APPLETS = [
     "md5sum",
     "ln",
 ]
+
+
+def need(*programs: str) -> None:
+    """Skip where the machine lacks what the test drives."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    missing = [program for program in programs if shutil.which(program) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)} (make setup)")
 
 
 class RuneBox:

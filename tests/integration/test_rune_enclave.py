@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runebox import RuneBox, wait_for
+from runebox import RuneBox, need, wait_for
 
-from conftest import need
 from inclavare.attestation.evidence import Evidence
 from inclavare.config import load as load_config
 from inclavare.runelet import client

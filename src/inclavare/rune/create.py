@@ -16,6 +16,7 @@ from ..runelet.job import LOCK, Job, lock, remove_traces, write_meta
 from ..runelet.spawn import spawn
 from . import kernel
 from .dispatch import check_id, directory_of, forward, low_level_status
+from .main import config_file
 
 if TYPE_CHECKING:
     from .main import Call
@@ -29,7 +30,7 @@ def run(call: Call) -> NoReturn:
     config = load_config()
     container = check_id(call)
     bundle = Path(call.values.get("--bundle") or call.values.get("-b") or ".").absolute()
-    name = call.values.get("--config") or call.values.get("-f") or str(bundle / "config.json")
+    name = config_file(call, str(bundle))
     document = check_shape(_read(Path(name)))
     directory = _claim(call, config, container)
     pid_file = Path(call.values.get("--pid-file") or directory / "pid").absolute()
@@ -76,7 +77,7 @@ def _read(path: Path) -> Any:
         ) from None
     try:
         return json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(
             f"{path} is not JSON: {error}", id="bundle.config.syntax", remedy="correct it; rune spec writes an example"
         ) from None

@@ -11,7 +11,7 @@ from ..config import Config
 from ..config import load as load_config
 from ..errors import InclavareError, UsageError
 from . import low_level
-from .main import COMMANDS, OTHER_COMMANDS, enclave_directory, is_safe_id
+from .main import ALTERED, COMMANDS, OTHER_COMMANDS, enclave_directory, is_safe_id
 from .report import fail, one_line
 
 if TYPE_CHECKING:
@@ -54,12 +54,26 @@ def dispatch(call: Call) -> NoReturn:
         module = _MODULES.get(call.command)
         if module is None:
             forward(call, load_config())
+        if call.unclear and call.command in ALTERED and not os.path.lexists(directory_of(call, load_config())):
+            _refuse_unclear(call)
         import_module(f".{module}", __package__).run(call)
     except (InclavareError, low_level.NoRuntimeError) as error:
         fail(call, one_line(error) if isinstance(error, InclavareError) else str(error))
     except Exception as error:
         fail(call, f"{one_line(error)} [rune.fault]")
     os._exit(0)
+
+
+def _refuse_unclear(call: Call) -> None:
+    """Another word than the one taken for the id names an enclave: what the low-level runtime would do is uncertain."""
+    run_dir = str(load_config().run_dir)
+    for word in call.rest:
+        if is_safe_id(word) and os.path.lexists(enclave_directory(run_dir, call.root, word)):
+            raise UsageError(
+                f"it is not clear whether {call.command} is for the enclave container {word}",
+                id="rune.usage",
+                remedy=f"write options in full, as rune {call.command} --help shows them, and values as --option=value",
+            )
 
 
 def check_id(call: Call) -> str:

@@ -17,6 +17,9 @@ from .dispatch import directory_of, forward
 if TYPE_CHECKING:
     from .main import Call
 
+_ENV = ("--env", "-e")
+_PROCESS = ("--process", "-p")
+
 
 def run(call: Call) -> NoReturn:
     """Check the command and its environment, then become the low-level runtime."""
@@ -29,21 +32,24 @@ def run(call: Call) -> NoReturn:
             f"container {call.container} does not run", id="rune.exec.stopped", remedy="start it first"
         ) from None
     name = call.values.get("--process") or call.values.get("-p")
+    # Written anew, so that the low-level runtime cannot read the line in another way than it was checked.
+    rest = [word for option in call.given if option[0] not in (*_ENV, *_PROCESS) for word in option]
+    rest += sorted(call.flags)
     if name is None:
         admit_exec(call.positional[1:], manifest)
-        forward(call, config)
+        asked = [value for option, value in call.given if option in _ENV]
+        admitted = set(admit_env(asked, manifest))
+        rest += [word for entry in asked if entry in admitted for word in ("--env", entry)]
+        forward(call, config, [*rest, *call.positional])
     process = _read(name)
     admit_exec(process["args"], manifest)
-    process["env"] = admit_env(process.get("env") or [], manifest)
+    process["env"] = admit_env(process["env"], manifest)
     # An unlinked file has no name that could be left behind; the runtime reads it through /proc.
     fd = os.memfd_create("process", 0)
     os.write(fd, json.dumps(process).encode())
     os.lseek(fd, 0, os.SEEK_SET)
     os.set_inheritable(fd, True)
-    rest = []
-    for word in call.rest:
-        rest.append(f"/proc/self/fd/{fd}" if word == name else word.replace(f"={name}", f"=/proc/self/fd/{fd}"))
-    forward(call, config, rest)
+    forward(call, config, [*rest, "--process", f"/proc/self/fd/{fd}", *call.positional])
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -51,8 +57,17 @@ def _read(name: str) -> dict[str, Any]:
         process = json.loads(Path(name).read_bytes())
     except OSError as error:
         raise UsageError(f"{name} cannot be read: {error.strerror}", id="rune.exec.process") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{name} is not JSON: {error}", id="rune.exec.process") from None
-    if not isinstance(process, dict) or not isinstance(process.get("args"), list):
-        raise UsageError(f"{name} has no args", id="rune.exec.process", expected="a process object of the runtime-spec")
-    return process
+    words: list[object] = []
+    if isinstance(process, dict):
+        process["env"] = process.get("env") or []
+        words = [process["env"], process.get("args")]
+    if not words or not all(isinstance(list_, list) and all(isinstance(w, str) for w in list_) for list_ in words):
+        raise UsageError(
+            f"{name} has no args, or they or env are not lists of strings",
+            id="rune.exec.process",
+            expected="a process object of the runtime-spec",
+        )
+    found: dict[str, Any] = process
+    return found

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .. import __version__
 from ..config import load as load_config
 from . import low_level
+from .dispatch import low_level_output
 from .main import COMMANDS, OTHER_COMMANDS
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ def run(call: Call) -> None:
         if config.low_level != "auto":
             path = config.low_level
         text = f"rune version {__version__}\nspec: {SPEC}\nlow-level runtime: {path}\n"
+        # Its lines tell callers and test-suites what it was built with (+SECCOMP +SYSTEMD …).
+        _, output = low_level_output(call, config, ["--version"])
+        text += output.decode(errors="replace")
     else:
         text = _TEXT.format(commands=" ".join(sorted(COMMANDS.keys() | OTHER_COMMANDS)))
     os.write(1, text.encode())

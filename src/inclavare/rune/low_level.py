@@ -8,6 +8,7 @@ mode not supported"). In a private mount namespace where an empty tmpfs covers t
 from __future__ import annotations
 
 import os
+import sys
 
 from . import kernel
 
@@ -25,6 +26,18 @@ class NoRuntimeError(Exception):
     """Neither crun nor runc can be used; the text says why and what to do."""
 
 
+#: What every crun accepts; 1.8 and earlier refuse another minor version ("unknown version specified").
+KNOWN_VERSION = "1.0.2"
+
+
+def _is_ourselves(path: str) -> bool:
+    """Whether this is a link to rune, made so that a caller that knows only runc finds it."""
+    try:
+        return os.path.samefile(path, sys.argv[0])
+    except OSError:
+        return False
+
+
 def find(name: str) -> str | None:
     """The path of a program, or ``None``; a path is taken as it is."""
     if "/" in name:
@@ -32,7 +45,7 @@ def find(name: str) -> str | None:
     for directory in [*os.environ.get("PATH", DEFAULT_PATH).split(":"), "/usr/bin", "/usr/sbin"]:
         if directory and directory != SHIM_DIRECTORY:
             path = f"{directory}/{name}"
-            if os.access(path, os.X_OK) and not os.path.isdir(path):
+            if os.access(path, os.X_OK) and not os.path.isdir(path) and not _is_ourselves(path):
                 return path
     return None
 
@@ -125,3 +138,29 @@ def arguments(path: str, root: str, global_options: list[str], rest: list[str]) 
                 continue
             options.append(option)
     return [path, "--root", root, *options, *rest]
+
+
+def with_known_version(path: str, config_path: str, version: object, rest: list[str]) -> list[str]:
+    """The words after the command, so that an older crun takes a bundle of a newer runtime-spec.
+
+    The versions differ in what they add, not in what they mean, so crun is shown the same document under a version that
+    it knows; the bundle stays as it is.
+
+    Args:
+        path: the low-level runtime.
+        config_path: the bundle's configuration.
+        version: its ``ociVersion``.
+        rest: what the caller wrote after the command.
+    """
+    if not is_crun(path) or not isinstance(version, str) or version.startswith("1.0.") or not version.startswith("1."):
+        return rest
+    with open(config_path, "rb") as handle:
+        data = handle.read()
+    key = data.find(b'"ociVersion"')
+    start = data.find(f'"{version}"'.encode(), key)
+    if key < 0 or start < 0 or data[key + 12 : start].strip(b" \t\r\n") != b":":
+        return rest  # written in another way than anybody does: crun decides
+    fd = os.memfd_create("config.json", 0)
+    os.write(fd, data[:start] + f'"{KNOWN_VERSION}"'.encode() + data[start + len(version) + 2 :])
+    os.set_inheritable(fd, True)
+    return ["--config", f"/proc/self/fd/{fd}", *rest]

@@ -46,6 +46,11 @@ COMMANDS: dict[str, set[str]] = {
                                 "--lsm-mount-context"},
 }  # fmt: skip
 OTHER_COMMANDS = {"list", "spec", "features", "help"}
+#: One option in two spellings: whichever is given last counts.
+_ALIASES = {"--bundle": "-b", "--config": "-f", "--env": "-e", "--user": "-u", "--process": "-p", "--cap": "-c",
+            "--additional-gids": "-g"}  # fmt: skip
+_ALIASES |= {short: name for name, short in _ALIASES.items()}
+_SHORT_FLAGS = frozenset("adfqt")
 #: What differs for a container that is known to be an enclave; the rest is the low-level runtime's as it is.
 ALTERED = {"create", "run", "state", "exec", "delete", "checkpoint", "restore"}
 
@@ -61,13 +66,31 @@ class Call:
         command: the command's name, empty if none was given.
         rest: everything after the command.
         values: the command's value options, the last of each.
+        given: the command's value options in their order, repetitions included.
         flags: the command's other options.
         positional: what remains; the container id first.
         usage_error: what is wrong with the line, if anything is.
+        config_path: the configuration of an ordinary container that is to be created.
+        oci_version: the runtime-spec version that it says.
+        unclear: an option is not known here or is abbreviated, so that the low-level runtime may take another word for
+            the container id.
     """
 
     __slots__ = (
-        "command", "flags", "log", "log_format", "options", "positional", "rest", "root", "usage_error", "values",
+        "command",
+        "config_path",
+        "flags",
+        "given",
+        "log",
+        "log_format",
+        "oci_version",
+        "options",
+        "positional",
+        "rest",
+        "root",
+        "unclear",
+        "usage_error",
+        "values",
     )  # fmt: skip
 
     def __init__(self, argv: list[str]) -> None:
@@ -80,9 +103,13 @@ class Call:
         self.command = ""
         self.rest: list[str] = []
         self.values: dict[str, str] = {}
+        self.given: list[tuple[str, str]] = []
         self.flags: set[str] = set()
         self.positional: list[str] = []
         self.usage_error = ""
+        self.unclear = False
+        self.config_path: str | None = None
+        self.oci_version: object = None
         self._globals(argv)
         if self.command in COMMANDS:
             self._command(COMMANDS[self.command])
@@ -97,6 +124,11 @@ class Call:
         while index < len(argv):
             word = argv[index]
             index += 1
+            if word == "--" and index < len(argv):
+                word = argv[index]
+                index += 1
+                self.command, self.rest = word, argv[index:]
+                return
             if not word.startswith("-"):
                 self.command, self.rest = word, argv[index:]
                 return
@@ -115,7 +147,7 @@ class Call:
                     index += 1
                 self._global(name, value)
             elif name in FLAG_OPTIONS:
-                if value not in ("false", "0"):
+                if value.lower() not in ("false", "f", "0"):
                     self.options.append(name)
             else:
                 self.usage_error = f"unknown option {word}"
@@ -157,11 +189,18 @@ class Call:
                         return
                     value = self.rest[index]
                     index += 1
-                self.values[name] = value
+                self._value(name, value)
             elif not name.startswith("--") and name[:2] in with_value:
-                self.values[name[:2]] = word[2:]
+                self._value(name[:2], word[2:])
+                self.unclear = self.unclear or f"-{name}" in with_value
             else:
                 self.flags.add(word)
+                self.unclear = self.unclear or word.startswith("--") or not _SHORT_FLAGS.issuperset(word[1:])
+
+    def _value(self, name: str, value: str) -> None:
+        self.values.pop(_ALIASES.get(name, ""), None)
+        self.values[name] = value
+        self.given.append((name, value))
 
 
 def read_config(path: str) -> object:
@@ -185,15 +224,16 @@ def read_config(path: str) -> object:
 
         scanner: Any = make_scanner(_Scanner)  # type: ignore[arg-type]
     except (ImportError, TypeError, AttributeError):
-        from json.scanner import py_make_scanner  # type: ignore[attr-defined]
+        from json import JSONDecoder
 
-        scanner = py_make_scanner(_Scanner)
-    start = len(text) - len(text.lstrip())
+        scanner = JSONDecoder().scan_once  # type: ignore[attr-defined]
+    # JSON's white space; str.lstrip would take Unicode's.
+    start = len(text) - len(text.lstrip(" \t\n\r"))
     try:
         value, end = scanner(text, start)
     except (StopIteration, ValueError, SystemError, RecursionError):  # the bare scanner reports some errors oddly
         return None
-    return value if not text[end:].strip() else None
+    return value if not text[end:].strip(" \t\n\r") else None
 
 
 class _Scanner:
@@ -209,9 +249,13 @@ class _Scanner:
 
 
 def wants_enclave(config: object, bundle: str) -> bool:
-    """Whether a bundle asks for an enclave: environment, annotation, or an image that was built as an enclave image."""
+    """Whether a bundle asks for an enclave: environment, annotation, or an image that was built as an enclave image.
+
+    A configuration of a wrong shape is answered with yes: the slow path refuses it with a clear error, whereas a
+    lenient low-level runtime would skip the part that asked for the enclave.
+    """
     if not isinstance(config, dict):
-        return True  # malformed: the slow path refuses it with a clear error
+        return True
     try:
         for entry in (config.get("process") or {}).get("env") or ():
             if entry.startswith("ENCLAVE_TYPE="):
@@ -219,12 +263,15 @@ def wants_enclave(config: object, bundle: str) -> bool:
         annotations = config.get("annotations") or {}
         if annotations.get("enclave.type"):
             return True
-        rootfs = config["root"]["path"]
+        root = config.get("root")
+        if root is None or root.get("path") is None:
+            return False  # the low-level runtime says that it is missing
+        rootfs = root["path"]
         if not rootfs.startswith("/"):
             rootfs = f"{bundle}/{rootfs}"
-        return os.path.lexists(f"{rootfs}/.inclavare/manifest.json")
-    except (AttributeError, TypeError, KeyError):
-        return False  # the low-level runtime names what is missing
+        return "\0" in rootfs or os.path.lexists(f"{rootfs}/.inclavare/manifest.json")
+    except (AttributeError, TypeError):
+        return True
 
 
 def quote(root: str) -> str:
@@ -242,6 +289,12 @@ def is_safe_id(container: str) -> bool:
     return container not in ("", ".", "..") and "/" not in container and "\0" not in container
 
 
+def config_file(call: Call, bundle: str) -> str:
+    """The file that ``create`` and ``run`` read; crun takes its default name from the bundle even where it is given."""
+    name = call.values.get("--config") or call.values.get("-f") or "config.json"
+    return f"{bundle}/config.json" if name == "config.json" else name
+
+
 def concerns_enclave(call: Call, run_dir: str) -> bool:
     """Whether the slow path has to handle this call."""
     if call.usage_error or call.command not in COMMANDS:
@@ -255,10 +308,14 @@ def concerns_enclave(call: Call, run_dir: str) -> bool:
         return False
     if call.command in ("create", "run"):
         bundle = call.values.get("--bundle") or call.values.get("-b") or "."
-        name = call.values.get("--config") or call.values.get("-f") or f"{bundle}/config.json"
-        if wants_enclave(read_config(name), bundle):
+        name = config_file(call, bundle)
+        config = read_config(name)
+        if wants_enclave(config, bundle):
             return True
-    return os.path.lexists(enclave_directory(run_dir, call.root, container))
+        call.config_path, call.oci_version = name, config.get("ociVersion")  # type: ignore[attr-defined]
+    # Which word the low-level runtime will take for the id is not certain where an option is unclear.
+    words = call.rest if call.unclear else [container]
+    return any(is_safe_id(word) and os.path.lexists(enclave_directory(run_dir, call.root, word)) for word in words)
 
 
 def main(site_packages: str | None = None) -> None:
@@ -272,7 +329,10 @@ def main(site_packages: str | None = None) -> None:
         run_dir, setting = settings.load()
         if not concerns_enclave(call, run_dir):
             path = low_level.select(setting, call.root, call.container)
-            argv = low_level.arguments(path, call.root, call.options, [call.command, *call.rest])
+            rest = call.rest
+            if call.config_path is not None:
+                rest = low_level.with_known_version(path, call.config_path, call.oci_version, rest)
+            argv = low_level.arguments(path, call.root, call.options, [call.command, *rest])
             os.execv(path, argv)
     except low_level.NoRuntimeError as error:
         from .report import fail

@@ -1,7 +1,7 @@
 """The two settings that the forwarding path needs, without parsing TOML on every call.
 
 The parsed values are kept in a small file under ``/run`` whose name is the configuration file's inode, size and
-modification time; a changed configuration has another name.
+times; a changed configuration has another name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def load() -> tuple[str, str]:
         if "INCLAVARE_CONFIG" not in os.environ:
             return "/run/inclavare", "auto"
         return _parse()
-    cached = f"{CACHE}/{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
+    cached = f"{CACHE}/{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
     try:
         with open(cached, encoding="utf-8") as handle:
             run_dir, low_level = handle.read().split("\n")

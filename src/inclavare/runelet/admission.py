@@ -144,11 +144,8 @@ def check_shape(config: object) -> dict[str, Any]:
     if not text(process.get("cwd"), "process.cwd").startswith("/"):
         raise wrong("process.cwd", repr(process["cwd"][:80]), "an absolute path")
     user = need(process.get("user") or {}, dict, "process.user")
-    for number in (
-        user.get("uid", 0),
-        user.get("gid", 0),
-        *each(user, "additionalGids", "process.user.additionalGids"),
-    ):
+    groups = each(user, "additionalGids", "process.user.additionalGids")
+    for number in (user.get("uid", 0), user.get("gid", 0), *groups):
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= _MAX_ID:
             raise wrong("process.user", repr(number)[:80], f"ids from 0 to {_MAX_ID}")
     for mount in each(document, "mounts", "mounts"):
@@ -408,9 +405,7 @@ def _admit_mounts(mounts: list[dict[str, Any]], manifest: Manifest, resolve: Cal
         volume = kind == "bind" and destination in encrypted
         standard = _is_standard(destination, kind)
         allowed = manifest.files.tmpfs if kind == "tmpfs" else manifest.files.allowed
-        if not (standard or volume or _below(destination, [resolve(path) for path in allowed])) or _below(
-            destination, ("/.inclavare",)
-        ):
+        if not (standard or volume or _below(destination, allowed)) or _below(destination, ("/.inclavare",)):
             key = "tmpfs" if kind == "tmpfs" else "allowed"
             raise PolicyError(
                 f"the mount on {destination} comes from the host and the manifest does not allow it",
@@ -420,12 +415,10 @@ def _admit_mounts(mounts: list[dict[str, Any]], manifest: Manifest, resolve: Cal
                 remedy=f"leave it out, or add the path to [files] {key} in enclave.toml and build again"
                 + ("; for confidential data use [[files.encrypted]]" if kind == "bind" else ""),
             )
-        if volume or standard and kind != "bind" or kind == "tmpfs":
+        if volume or (standard and kind != "bind") or kind == "tmpfs":
             continue
         # A link of the host's on the way to what is protected would have it mounted elsewhere.
-        inside = next(
-            (path for path in sorted(protected) if _below(path, (destination,)) and path != destination), None
-        )
+        inside = next((path for path in sorted(protected - {destination}) if _below(path, (destination,))), None)
         if inside is not None or destination == "/":
             raise PolicyError(
                 f"the mount on {destination} would put the host's files above {inside or 'the measured tree'}",

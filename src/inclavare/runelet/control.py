@@ -15,7 +15,6 @@ key that only this enclave has. Errors come back as ``{"error": …}`` (:meth:`i
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import os
 import socket
@@ -63,6 +62,10 @@ class ControlServer:
 
     def close(self) -> None:
         """Stop listening and drop the keys of open challenges."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)  # close() alone leaves the accepting thread its hold on it
+        except OSError:
+            pass  # it was not listening yet, or is closed
         self._socket.close()
         with self._lock:
             self._channels.clear()
@@ -97,7 +100,7 @@ class ControlServer:
         try:
             request = json.loads(line)
             operation = request["op"]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise UsageError("not a control request", id="control.request.malformed") from None
         if operation == "info":
             return self._info()
@@ -127,7 +130,7 @@ class ControlServer:
 
         try:
             nonce = base64.b64decode(request["nonce"], validate=True)
-        except (KeyError, TypeError, binascii.Error):
+        except (KeyError, TypeError, ValueError):
             nonce = b""
         if not 16 <= len(nonce) <= 64:
             raise UsageError(
@@ -156,7 +159,7 @@ class ControlServer:
         try:
             name = check_secret_name(request["name"])
             key = _key_id(request["tee_pubkey"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(
                 f"not a release: {error}", id="control.release.malformed", expected="name, tee_pubkey, jwe"
             ) from None

@@ -61,7 +61,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
     """What is known of a container; empty if there is nothing yet."""
     try:
         found = json.loads((directory / META).read_bytes())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 

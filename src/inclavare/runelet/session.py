@@ -143,6 +143,14 @@ class Runelet:
         rootfs = Path(f"/proc/self/fd/{contents}")
         cache = DigestCache(self._digest_cache())
         tree = build(rootfs, cache=cache, trusted=manifest.files.trusted, allowed=manifest.files.allowed)
+        allowed, tmpfs = (
+            tuple(sorted({admission.follow_links(tree, path) for path in paths}))
+            for paths in (manifest.files.allowed, manifest.files.tmpfs)
+        )
+        if (allowed, tmpfs) != (manifest.files.allowed, manifest.files.tmpfs):
+            # Mounts go where the image's links lead (/var/run to /run, say), and that is what has to be measured.
+            manifest = manifest._replace(files=manifest.files._replace(allowed=allowed, tmpfs=tmpfs))
+            tree = build(rootfs, cache=cache, trusted=manifest.files.trusted, allowed=allowed)
         return manifest, tree
 
     def _template(self) -> Manifest:

@@ -105,7 +105,7 @@ class NativeSession:
 
         secret = Secret(sha256(b"inclavare.volume.v1\0" + path.encode() + b"\0" + enclave.seal_key(policy)).digest())
         places = self.container.places
-        source = next((m["source"] for m in self.container.config["mounts"] if m["destination"] == path), None)
+        source = next((m.get("source") for m in self.container.config["mounts"] if m["destination"] == path), None)
         cipher = places.cipher / f"volume-{number}" if source is None else Path(source)
         point = places.volumes / str(number)
         try:
@@ -148,6 +148,7 @@ class NativeSession:
     def configure(self) -> dict[str, Any]:
         """The admitted configuration on the shielded root, with the volumes and ``/dev/attestation``."""
         config = copy.deepcopy(self.container.config)
+        config["ociVersion"] = "1.0.2"  # what every low-level runtime knows
         config["root"]["path"] = str(self.container.places.root)
         mounts_out = [mount for mount in config.get("mounts", []) if mount["destination"] not in self.volumes]
         for path, point in self.volumes.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,84 @@ def test_which_configurations_want_an_enclave(tmp_path: Path) -> None:
     assert wants_enclave({**plain, "process": {"env": ["ENCLAVE_TYPE=x"]}}, str(tmp_path))
     assert wants_enclave({**plain, "annotations": {"enclave.type": "x"}}, str(tmp_path))
     assert wants_enclave(None, str(tmp_path))
-    for broken in ({}, {"process": None}, {"process": {"env": [3]}}, {"root": 3, "process": {"env": None}}):
-        assert not wants_enclave(broken, str(tmp_path))
+    for incomplete in ({}, {"process": None}, {"root": {}}, {"root": None, "process": {"env": None}}):
+        assert not wants_enclave(incomplete, str(tmp_path))
+    # Of a wrong shape: a lenient low-level runtime might skip what asks for the enclave.
+    for broken in (
+        {"process": {"env": [3, "ENCLAVE_TYPE=x"]}},
+        {"root": 3},
+        {**plain, "annotations": "x"},
+        {"root": {"path": "\0"}},
+    ):
+        assert wants_enclave(broken, str(tmp_path))
     (tmp_path / "rootfs/.inclavare").mkdir()
     (tmp_path / "rootfs/.inclavare/manifest.json").symlink_to("nowhere")
     assert wants_enclave(plain, str(tmp_path))
+
+
+def test_json_white_space_only(tmp_path: Path) -> None:
+    for text in ("\u00a0{}", "{}\x0b", "\ufeff{}", "{}\u2028"):
+        (tmp_path / "c.json").write_text(text)
+        assert read_config(str(tmp_path / "c.json")) is None
+    (tmp_path / "c.json").write_text("\r\n\t {} \r\n\t")
+    assert read_config(str(tmp_path / "c.json")) == {}
+
+
+def test_a_python_without_the_c_scanner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "c.json").write_text('{"a": [1.5, "x"]}')
+    monkeypatch.setitem(sys.modules, "_json", None)
+    assert read_config(str(tmp_path / "c.json")) == {"a": [1.5, "x"]}
+
+
+def test_of_two_spellings_of_an_option_the_last_counts(tmp_path: Path) -> None:
+    enclave, plain = tmp_path / "enclave", tmp_path / "plain"
+    for bundle, env in ((enclave, ["ENCLAVE_TYPE=x"]), (plain, [])):
+        bundle.mkdir()
+        (bundle / "config.json").write_text(json.dumps({"process": {"env": env}, "root": {"path": "r"}}))
+    for words in (
+        ["--bundle", plain, "-b", enclave],
+        ["-b", plain, f"--bundle={enclave}"],
+        ["-b", plain, f"-b{enclave}"],
+    ):
+        assert concerns_enclave(Call(["run", *map(str, words), "c"]), str(tmp_path))
+        assert not concerns_enclave(Call(["run", *map(str, words), "-b", str(plain), "c"]), str(tmp_path))
+
+
+def test_the_default_name_of_the_configuration_is_taken_from_the_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/config.json").write_text('{"process": {"env": ["ENCLAVE_TYPE=x"]}}')
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "other.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert concerns_enclave(Call(["run", "-b", "b", "--config", "config.json", "c"]), str(tmp_path))
+    assert not concerns_enclave(Call(["run", "-b", "b", "--config", "other.json", "c"]), str(tmp_path))
+
+
+@pytest.mark.parametrize("words", [
+    "exec -te A=1 c sh", "exec --proc p.json c", "exec -env A=1 c sh", "exec --new-option c sh", "delete -xf c",
+])  # fmt: skip
+def test_an_option_that_is_not_clear_never_passes_an_enclave_by(tmp_path: Path, words: str) -> None:
+    run_dir = str(tmp_path)
+    assert not concerns_enclave(Call(words.split()), run_dir)
+    Path(enclave_directory(run_dir, "/run/rune", "c")).mkdir(parents=True)
+    assert concerns_enclave(Call(words.split()), run_dir)
+
+
+@pytest.mark.parametrize("words", ["exec -td x c", "exec --env=A=1 x c", "exec -eA=1 x c", "exec -e c x c"])
+def test_the_applications_words_are_not_taken_for_ids(tmp_path: Path, words: str) -> None:
+    Path(enclave_directory(str(tmp_path), "/run/rune", "c")).mkdir(parents=True)
+    assert not concerns_enclave(Call(words.split()), str(tmp_path))
+
+
+def test_flags_with_a_value_and_the_end_of_global_options() -> None:
+    assert Call(["--debug=false", "--systemd-cgroup=F", "state", "c"]).options == []
+    assert Call(["--debug=true", "state", "c"]).options == ["--debug"]
+    call = Call(["--debug", "--", "state", "c"])
+    assert (call.command, call.container, call.usage_error) == ("state", "c", "")
+    call = Call(["exec", "-e", "A=1", "--env=B=2", "-eC=3", "c"])
+    assert call.given == [("-e", "A=1"), ("--env", "B=2"), ("-e", "C=3")]
 
 
 @given(st.text(min_size=1), st.text(min_size=1))
@@ -203,3 +277,7 @@ def test_settings_are_remembered_until_the_file_changes(tmp_path: Path, monkeypa
     config.write_text('run_dir = "/b"\n[runtime]\nlow_level = "runc"\n')
     os.utime(config, ns=(1, 1))
     assert settings.load() == ("/b", "runc")
+    # In place, of the same size and with its old time again, as rsync leaves it.
+    config.write_text('run_dir = "/c"\n[runtime]\nlow_level = "crun"\n')
+    os.utime(config, ns=(1, 1))
+    assert settings.load() == ("/c", "crun")

@@ -119,7 +119,7 @@ path = "/secret"
 key = "sealed:mrenclave"
 """
     mounts = [
-        bind("/allowed"), bind("/allowed/below/"), bind("/secret"), bind("/etc/hosts"), bind("/etc/resolv.conf"),
+        bind("/allowed/below/"), bind("/allowed"), bind("/secret/"), bind("/etc/hosts"), bind("/etc/resolv.conf"),
         bind("/dev/shm"), {"destination": "/tmp", "type": "tmpfs"}, {"destination": "/dev", "type": "tmpfs"},
         {"destination": "/sys/fs/cgroup", "type": "cgroup"},
     ]  # fmt: skip
@@ -198,18 +198,24 @@ argv = st.lists(st.text("ab/", min_size=1, max_size=3), min_size=1, max_size=3)
 def test_a_configuration_is_admitted_by_its_own_manifest(
     mounts: list[dict[str, Any]], env: list[str], argv: list[str], uid: int
 ) -> None:
-    document = config(mounts=mounts, process={"env": env, "args": argv, "user": {"uid": uid, "gid": uid}})
+    document = config(mounts=mounts, process={"env": env, "args": argv, "user": {"uid": uid, "gid": uid,
+                      "additionalGids": [uid, 7]}, "cwd": "/a//b/"})  # fmt: skip
     fields = admission.manifest_fields(document, Manifest())
     own = Manifest().with_process(**{key: fields[key] for key in ("args", "env", "cwd", "user")})
     own = own._replace(
         process=own.process._replace(args=tuple(fields["args"])),
         files=own.files._replace(allowed=tuple(fields["allowed"]), tmpfs=tuple(fields["tmpfs"])),
     )
-    # The last of several values counts, as it does for the application.
-    last = {entry.partition("=")[0]: entry for entry in env}
-    document["process"]["env"] = list(last.values())
-    admitted = admission.admit(document, own)
+    assert Manifest.from_canonical(own.canonical()) == own
+    try:
+        admitted = admission.admit(document, own)
+    except PolicyError as error:
+        # The only things that no manifest allows.
+        assert error.id in ("admission.mount.nested", "admission.mount.covers")
+        assert len(mounts) > 1 or mounts[0]["destination"] == "/dev"
+        return
     assert admitted["process"]["args"] == argv
+    assert admitted["process"]["user"]["additionalGids"] == [uid, 7]
     assert not [entry for entry in admitted["process"]["env"] if entry.startswith("ENCLAVE_")]
 
 
@@ -243,4 +249,142 @@ def test_any_json_has_a_shape_or_a_clear_error(value: Any) -> None:
         admission.check_shape(value)
     except InclavareError as error:
         assert isinstance(error, UsageError)
+        assert error.remedy
+
+
+ENCRYPTED = """[files]
+allowed = ["/data", "/secrets", "/dev"]
+[[files.encrypted]]
+path = "/secrets/keys"
+key = "sealed:mrenclave"
+"""
+
+
+def test_nothing_is_mounted_or_made_below_the_hosts_own_files() -> None:
+    # /data/link may be a link to /etc by the time that crun looks.
+    nested = config(mounts=[bind("/data"), bind("/data/link")])
+    assert refusal(nested, ENCRYPTED) == "admission.mount.nested"
+    volume = {"destination": "/data", "type": "nfs", "source": "host:/x"}
+    assert refusal(config(mounts=[volume, {"destination": "/data/t", "type": "tmpfs"}]), ENCRYPTED) == (
+        "admission.mount.nested"
+    )
+    shm = {"namespaces": [{"type": "mount"}], "devices": [{"path": "/dev/shm/x/null", "type": "c"}]}
+    assert refusal(config(mounts=[bind("/dev/shm")], linux=shm)) == "admission.mount.nested"
+
+
+@pytest.mark.parametrize("destination", ["/secrets", "/dev"])
+def test_the_hosts_files_never_lie_above_what_is_protected(destination: str) -> None:
+    assert refusal(config(mounts=[bind(destination)]), ENCRYPTED) == "admission.mount.covers"
+
+
+def test_destinations_are_written_as_they_were_checked() -> None:
+    mounts = [bind("data/./x/"), bind("/secrets/keys/"), {"destination": "//dev/pts/../pts", "type": "devpts"}]
+    admitted = admission.admit(config(mounts=mounts), manifest(ENCRYPTED))
+    assert [mount["destination"] for mount in admitted["mounts"]] == ["/data/x", "/secrets/keys", "/dev/pts"]
+
+
+@pytest.mark.parametrize("path", ["/proc/self/root/etc", "/proc/1/root/etc/x", "/proc/thread-self/cwd"])
+def test_a_processs_directory_leads_out_of_proc(path: str) -> None:
+    toml = '[files]\nallowed = ["/proc"]\n'
+    assert refusal(config(mounts=[bind(path)]), toml) == "admission.mount.process"
+    for key in ("maskedPaths", "readonlyPaths"):
+        linux = {"namespaces": [{"type": "mount"}], key: [path]}
+        assert refusal(config(linux=linux)) == "admission.mount.process"
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "/dev/../etc/x", "/dev", "/dev/attestation/quote", "etc/x"])
+def test_devices_stand_below_dev(path: str) -> None:
+    linux = {"namespaces": [{"type": "mount"}], "devices": [{"path": path, "type": "c", "major": 1, "minor": 5}]}
+    assert refusal(config(linux=linux)) == "admission.device.refused"
+    linux["devices"] = [{"path": "/dev/sgx_enclave", "type": "c", "major": 10, "minor": 125}]
+    assert admission.admit(config(linux=linux), manifest())["linux"] == linux
+
+
+def test_additional_groups_are_the_measured_ones() -> None:
+    asked = config(process={"user": {"uid": 0, "gid": 0, "additionalGids": [0, 6, 27]}})
+    assert admission.admit(asked, manifest())["process"]["user"]["additionalGids"] == []
+    with_group = manifest().with_process(user="0:0,27")
+    assert admission.admit(asked, with_group)["process"]["user"]["additionalGids"] == [27]
+    assert admission.admit(config(), with_group)["process"]["user"]["additionalGids"] == [27]
+
+
+def test_neither_a_hooks_environment_nor_its_first_word_is_the_hosts() -> None:
+    hook = {"path": "/bin/busybox", "args": ["rm", "-rf"], "env": ["LD_PRELOAD=/data/x.so", "PATH=/bin", "PATH=/data"]}
+    own = manifest().with_process(hooks=(("/bin/busybox", "-rf"),))
+    [admitted] = admission.admit(config(hooks={"startContainer": [hook]}), own)["hooks"]["startContainer"]
+    assert admitted == {"path": "/bin/busybox", "args": ["/bin/busybox", "-rf"], "env": ["PATH=/bin"]}
+
+
+def test_of_a_variable_that_is_there_twice_the_last_counts() -> None:
+    env = ["MODE=fast", "MODE=safe"]
+    assert "MODE=safe" in admission.admit(config(process={"env": env}), manifest())["process"]["env"]
+    assert admission.manifest_fields(config(process={"env": env}), Manifest())["env"] == {"MODE": "safe"}
+
+
+def test_sources_of_mounts_start_at_the_callers_bundle() -> None:
+    mounts = [
+        {**bind("/data"), "source": "data"},
+        bind("/x"),
+        {"destination": "/t", "type": "tmpfs", "source": "tmpfs"},
+    ]
+    before = config(mounts=mounts)
+    after = admission.with_absolute_sources(before, "/bundle")
+    assert [mount["source"] for mount in after["mounts"]] == ["/bundle/data", "/srv", "tmpfs"]
+    assert before["mounts"][0]["source"] == "data"
+
+
+@pytest.mark.parametrize(
+    ("value", "debug"), [("1", True), ("TRUE", True), ("yes", True), ("false", False), ("0", False)]
+)
+def test_debug_is_asked_for(value: str, debug: bool) -> None:
+    assert admission.wants_debug(config(process={"env": [f"ENCLAVE_DEBUG={value}"]})) is debug
+
+
+SHAPES: list[dict[str, Any]] = [
+    {"process": {"env": ["NOVALUE"]}},
+    {"process": {"env": ["=x"]}},
+    {"process": {"env": ["A=\0"]}},
+    {"process": {"args": ["\ud800"]}},
+    {"process": {"cwd": "relative"}},
+    {"process": {"user": {"uid": -1}}},
+    {"process": {"user": {"gid": True}}},
+    {"process": {"user": {"additionalGids": ["wheel"]}}},
+    {"process": {"user": "root"}},
+    {"mounts": [{"destination": "/data", "options": "rbind"}]},
+    {"mounts": [{"destination": "/data", "type": 3}]},
+    {"mounts": [{"destination": "/data\0/x"}]},
+    {"hooks": {"startContainer": ["x"]}},
+    {"hooks": {"startContainer": [{"path": "bin/x"}]}},
+    {"hooks": {"createContainer": [{"path": "/bin/x", "env": 3}]}},
+    {"linux": {"namespaces": [{"type": "mount"}, "x"]}},
+    {"linux": {"namespaces": [{"type": "mount"}], "devices": [{"type": "c"}]}},
+    {"linux": {"namespaces": [{"type": "mount"}], "maskedPaths": [1]}},
+    {"linux": {"namespaces": [{"type": "mount"}, {"type": "mount", "path": "/proc/1/ns/mnt"}]}},
+    {"linux": {"namespaces": [{"type": "mount"}, {"type": "mount"}]}},
+]
+
+
+@pytest.mark.parametrize("change", SHAPES, ids=str)
+def test_shapes_that_are_refused(change: dict[str, Any]) -> None:
+    admission.check_shape(config())
+    with pytest.raises(UsageError) as caught:
+        admission.check_shape(config(**change))
+    assert caught.value.id in ("config.oci.shape", "config.oci.namespace")
+
+
+def test_absent_and_null_parts_are_the_same() -> None:
+    document = config(mounts=None, annotations=None, hooks=None, process={"env": None, "user": None})
+    assert admission.admit(admission.check_shape(document), manifest())["mounts"] == []
+
+
+@given(values)
+def test_what_has_a_shape_is_admitted_or_refused_and_never_a_fault(value: Any) -> None:
+    document = config()
+    for key in ("hooks", "annotations", "mounts"):
+        document[key] = value
+    document["process"]["user"] = value
+    try:
+        checked = admission.check_shape(document)
+        admission.admit(checked, manifest())
+    except InclavareError as error:
         assert error.remedy
