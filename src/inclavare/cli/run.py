@@ -202,9 +202,16 @@ def _violations(log: Path, start: int, container: str) -> list[tuple[str, str]]:
         return []
     with log.open("rb") as handle:
         handle.seek(start)
-        events = [json.loads(line) for line in handle]
-    own = [event for event in events if event.get("container") == container]
-    return [(event["path"], event["reason"]) for event in own if event["event"] == "shield.tree.violation"]
+        lines = handle.readlines()
+    found = []
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue  # a full disk cuts lines short
+        if event.get("container") == container and event.get("event") == "shield.tree.violation":
+            found.append((str(event.get("path")), str(event.get("reason"))))
+    return found
 
 
 def _run(container: str, bundle: Path) -> int:

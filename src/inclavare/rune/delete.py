@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..config import load as load_config
 from ..runelet.job import Job, lock, read_meta, remove_traces
+from ..tee.base import reclaim
 from .dispatch import check_id, directory_of, low_level_status
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def run(call: Call) -> None:
     _await_end(directory)
     job = Job(check_id(call), call.root, Path("/"), {}, directory, Path("/"), False, config)
     remove_traces(job.places, everything=True)
+    reclaim(config)  # where guard and runelet were killed together, nobody else has
     os._exit(code)
 
 

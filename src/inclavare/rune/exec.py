@@ -36,13 +36,14 @@ def run(call: Call) -> NoReturn:
     rest = [word for option in call.given if option[0] not in (*_ENV, *_PROCESS) for word in option]
     rest += sorted(call.flags)
     if name is None:
-        admit_exec(call.positional[1:], manifest)
+        admit_exec(call.positional[1:], call.values.get("--user") or call.values.get("-u"), manifest)
         asked = [value for option, value in call.given if option in _ENV]
         admitted = set(admit_env(asked, manifest))
         rest += [word for entry in asked if entry in admitted for word in ("--env", entry)]
         forward(call, config, [*rest, *call.positional])
     process = _read(name)
-    admit_exec(process["args"], manifest)
+    user = process.get("user") or {}
+    admit_exec(process["args"], f"{user.get('uid', 0)}:{user.get('gid', 0)}", manifest)
     process["env"] = admit_env(process["env"], manifest)
     # An unlinked file has no name that could be left behind; the runtime reads it through /proc.
     fd = os.memfd_create("process", 0)
@@ -60,7 +61,7 @@ def _read(name: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{name} is not JSON: {error}", id="rune.exec.process") from None
     words: list[object] = []
-    if isinstance(process, dict):
+    if isinstance(process, dict) and isinstance(process.get("user") or {}, dict):
         process["env"] = process.get("env") or []
         words = [process["env"], process.get("args")]
     if not words or not all(isinstance(list_, list) and all(isinstance(w, str) for w in list_) for list_ in words):

@@ -500,14 +500,29 @@ def _admit_hooks(hooks: dict[str, Any], manifest: Manifest) -> None:
                 hook["env"] = [entry for entry in hook.get("env") or [] if _is_measured(entry, known)]
 
 
-def admit_exec(args: list[str], manifest: Manifest) -> None:
+def admit_exec(args: list[str], user: str | None, manifest: Manifest) -> None:
     """Whether ``exec`` may start this command in the enclave.
 
+    Args:
+        args: the argument vector.
+        user: ``uid`` or ``uid:gid`` that the host names; ``None`` for the container's own user.
+        manifest: what was measured.
+
     Raises:
-        PolicyError: the manifest's exec policy does not name it, and the enclave is not a debug enclave.
+        PolicyError: the manifest's exec policy does not name the command, or the user is another than the measured one,
+            and the enclave is not a debug enclave.
     """
     if manifest.enclave.debug:
         return
+    measured = [str(number) for number in manifest.process.ids[:2]]
+    if user is not None and user.split(":") not in (measured, measured[:1]):
+        raise PolicyError(
+            "exec as another user than the measured one is not allowed",
+            id="admission.exec.user",
+            found=user,
+            expected=":".join(measured),
+            remedy="leave the user out, or run a debug enclave",
+        )
     for allowed in manifest.exec.commands:
         if isinstance(allowed, str):
             if allowed == "*" or (args and args[0] == allowed):

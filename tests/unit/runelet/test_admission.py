@@ -168,12 +168,23 @@ def test_masks_and_hooks() -> None:
 def test_exec_policy() -> None:
     named = manifest('[exec]\ncommands = ["/bin/id", ["/bin/sh", "-c", "date"]]\n')
     for allowed in (["/bin/id"], ["/bin/id", "-u"], ["/bin/sh", "-c", "date"]):
-        admission.admit_exec(allowed, named)
+        admission.admit_exec(allowed, None, named)
     for refused in (["/bin/sh"], ["/bin/sh", "-c", "date; id"], ["id"], [], ["/bin/id2"]):
         with pytest.raises(PolicyError):
-            admission.admit_exec(refused, named)
-    admission.admit_exec(["/anything"], manifest('[exec]\ncommands = ["*"]\n'))
-    admission.admit_exec(["/anything"], manifest().with_enclave(debug=True))
+            admission.admit_exec(refused, None, named)
+    admission.admit_exec(["/anything"], None, manifest('[exec]\ncommands = ["*"]\n'))
+    admission.admit_exec(["/anything"], None, manifest().with_enclave(debug=True))
+
+
+def test_exec_is_for_the_measured_user() -> None:
+    own = manifest('[exec]\ncommands = ["*"]\n').with_process(user="7:8,9")
+    for user in (None, "7", "7:8"):
+        admission.admit_exec(["/x"], user, own)
+    for user in ("0", "0:0", "7:9", "8:7", "root", ""):
+        with pytest.raises(PolicyError) as caught:
+            admission.admit_exec(["/x"], user, own)
+        assert caught.value.id == "admission.exec.user"
+    admission.admit_exec(["/x"], "0:0", own.with_enclave(debug=True))
 
 
 def test_requests_come_from_variables_first() -> None:
