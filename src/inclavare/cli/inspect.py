@@ -98,15 +98,8 @@ def _list_files(tree: Any, *, as_json: bool) -> None:
     import stat
     from datetime import UTC, datetime
 
-    kinds = {
-        "d": stat.S_IFDIR,
-        "f": stat.S_IFREG,
-        "l": stat.S_IFLNK,
-        "c": stat.S_IFCHR,
-        "b": stat.S_IFBLK,
-        "p": stat.S_IFIFO,
-        "s": stat.S_IFSOCK,
-    }
+    from ..enclave.tree import FILE_TYPES
+
     if as_json:
         print_json(
             [
@@ -137,7 +130,7 @@ def _list_files(tree: Any, *, as_json: bool) -> None:
         ("mode", "owner", "size", "modified (UTC)", "path", "digest"),
         (
             (
-                stat.filemode(kinds[node.kind] | node.mode),
+                stat.filemode(FILE_TYPES[node.kind] | node.mode),
                 f"{node.uid}:{node.gid}",
                 f"{node.rdev[0]},{node.rdev[1]}" if node.kind in "cb" else node.size,
                 when(node.mtime_ns),

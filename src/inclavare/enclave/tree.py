@@ -21,6 +21,16 @@ from ..errors import IntegrityError, ResourceError, UsageError
 
 #: Files are hashed in blocks of this many bytes.
 BLOCK_SIZE = 128 * 1024
+#: A node's kind → the file type bits of its mode.
+FILE_TYPES = {
+    "d": stat.S_IFDIR,
+    "f": stat.S_IFREG,
+    "l": stat.S_IFLNK,
+    "c": stat.S_IFCHR,
+    "b": stat.S_IFBLK,
+    "p": stat.S_IFIFO,
+    "s": stat.S_IFSOCK,
+}
 #: The directory at the top of a root file system that is not part of the tree.
 RESERVED_NAME = b".inclavare"
 
@@ -438,15 +448,7 @@ class _Missing(NamedTuple):
     key: tuple[int, int, int, int]
 
 
-_KINDS = {
-    stat.S_IFDIR: ord("d"),
-    stat.S_IFREG: ord("f"),
-    stat.S_IFLNK: ord("l"),
-    stat.S_IFCHR: ord("c"),
-    stat.S_IFBLK: ord("b"),
-    stat.S_IFIFO: ord("p"),
-    stat.S_IFSOCK: ord("s"),
-}
+_KINDS = {bits: ord(letter) for letter, bits in FILE_TYPES.items()}
 
 #: Path components below a directory that a rule is about; ``None``: the rule holds for everything below.
 _Rules = dict[bytes, "_Rules | None"]

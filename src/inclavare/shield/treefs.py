@@ -17,19 +17,10 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from ..enclave.paths import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, openat2
-from ..enclave.tree import BLOCK_SIZE, Node, Tree
+from ..enclave.tree import BLOCK_SIZE, FILE_TYPES, Node, Tree
 from ..errors import IntegrityError
 from . import fuse
 
-_KINDS = {
-    "d": stat.S_IFDIR,
-    "f": stat.S_IFREG,
-    "l": stat.S_IFLNK,
-    "c": stat.S_IFCHR,
-    "b": stat.S_IFBLK,
-    "p": stat.S_IFIFO,
-    "s": stat.S_IFSOCK,
-}
 #: Host files kept open per serving thread.
 _OPEN_FILES = 128
 #: Verified blocks kept per serving thread, for small reads at random places.
@@ -96,7 +87,7 @@ class TreeFs:
         rdev = os.makedev(*node.rdev) if node.kind in "cb" else 0
         # Overlayfs and find take a directory's link count of 1 as "not counted".
         return fuse.Attr(
-            index + 1, _KINDS[node.kind] | node.mode, size, node.uid, node.gid, node.mtime_ns, 1, _new_encode(rdev)
+            index + 1, FILE_TYPES[node.kind] | node.mode, size, node.uid, node.gid, node.mtime_ns, 1, _new_encode(rdev)
         )
 
     def _child(self, index: int, name: bytes) -> int:
