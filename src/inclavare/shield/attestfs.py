@@ -116,6 +116,9 @@ class AttestFs:
                 fuse.GETATTR: self._getattr,
                 fuse.SETATTR: self._setattr,
                 fuse.OPEN: self._open,
+                # Answered, because a kernel that may open directories without asking also keeps their listings.
+                fuse.OPENDIR: lambda _: fuse.OPEN_OUT.pack(0, 0, 0),
+                fuse.RELEASEDIR: lambda _: b"",
                 fuse.READ: self._read,
                 fuse.WRITE: self._write,
                 fuse.FLUSH: self._flush,
@@ -123,7 +126,7 @@ class AttestFs:
                 fuse.RELEASE: self._release,
                 fuse.READDIR: self._readdir,
             },
-            init_flags=fuse.NO_OPENDIR_SUPPORT,
+            init_flags=0,
             on_fault=on_fault,
         )
 

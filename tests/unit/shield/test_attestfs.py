@@ -1,0 +1,304 @@
+"""/dev/attestation over a real mount, in front of an enclave of the simulated platform; Gramine's behaviour throughout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inclavare.sgx.structs import Report, ReportBody
+from inclavare.shield import mounts
+from inclavare.shield.attestfs import AttestFs, EnclaveCalls
+from inclavare.shield.secrets import SecretStore
+from inclavare.tee.sgx_sim import SimulatedEnclave, SimulatedPlatform
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or not Path("/dev/fuse").exists(), reason="needs root and /dev/fuse to mount"
+)
+
+OWNER = 4321
+
+
+@dataclass
+class Mounted:
+    """The mount, and what is behind it."""
+
+    point: Path
+    secrets: SecretStore
+    enclave: SimulatedEnclave
+    faults: list[BaseException]
+
+    def read(self, name: str) -> bytes:
+        return (self.point / name).read_bytes()
+
+    def write(self, name: str, data: bytes, flags: int = os.O_WRONLY | os.O_TRUNC) -> None:
+        fd = os.open(self.point / name, flags)
+        try:
+            assert os.write(fd, data) == len(data)
+        finally:
+            os.close(fd)
+
+    def reported(self) -> bytes:
+        """The report data in a fresh report."""
+        return ReportBody.from_bytes(Report.from_bytes(self.read("report")).body).report_data
+
+
+@pytest.fixture
+def dev(platform: SimulatedPlatform, load: Any) -> Iterator[Mounted]:
+    enclave = load()
+    secrets = SecretStore()
+    faults: list[BaseException] = []
+
+    def quote(data: bytes) -> bytes:
+        return platform.quote(enclave.report(platform.quote_target_info(), data))
+
+    calls = EnclaveCalls(enclave.target_info, enclave.report, quote, enclave.seal_key)
+    served = AttestFs(calls, secrets, owner=(OWNER, OWNER), on_fault=faults.append)
+    # Not under pytest's directory, which other users cannot enter.
+    point = Path(tempfile.mkdtemp(prefix="attestation-"))
+    point.chmod(0o755)
+    served.mount(str(point))
+    try:
+        yield Mounted(point, secrets, enclave, faults)
+    finally:
+        mounts.umount(str(point))
+        point.rmdir()
+        enclave.destroy()
+
+
+def test_names_sizes_and_modes(dev: Mounted) -> None:
+    assert sorted(os.listdir(dev.point)) == [
+        "attestation_type", "keys", "my_target_info", "quote", "report", "secrets", "target_info", "user_report_data",
+    ]  # fmt: skip
+    assert sorted(os.listdir(dev.point / "keys")) == ["_sgx_mrenclave", "_sgx_mrsigner", "default"]
+    sizes = {name: (dev.point / name).stat().st_size for name in os.listdir(dev.point)}
+    assert sizes["quote"] == len(dev.read("quote")) > 1000
+    assert {name: sizes[name] for name in ("user_report_data", "target_info", "my_target_info", "report")} == {
+        "user_report_data": 64, "target_info": 512, "my_target_info": 512, "report": 432,
+    }  # fmt: skip
+    assert dev.read("attestation_type") == b"dcap"
+    assert len(dev.read("report")) == 432
+    modes = {
+        name: stat.S_IMODE((dev.point / name).stat().st_mode) for name in ("report", "user_report_data", "keys/default")
+    }
+    assert modes == {"report": 0o444, "user_report_data": 0o666, "keys/default": 0o600}
+    assert (dev.point / "keys/_sgx_mrenclave").stat().st_uid == OWNER
+    for missing in ("nothing", "keys/other", "secrets/x", "report/x"):
+        assert not (dev.point / missing).exists()
+    assert dev.faults == []
+
+
+def test_report_and_quote_carry_what_was_written(dev: Mounted, tmp_path: Path) -> None:
+    dev.write("user_report_data", bytes(range(64)))
+    dev.write("target_info", dev.read("my_target_info"))
+    assert dev.reported() == bytes(range(64))
+    assert dev.read("quote")[48 + 320 : 48 + 384] == bytes(range(64))
+    assert dev.read("target_info") == dev.read("my_target_info") == dev.enclave.target_info()
+    shutil.copyfile(dev.point / "report", tmp_path / "report")  # by sendfile
+    assert len((tmp_path / "report").read_bytes()) == 432
+
+
+@pytest.mark.parametrize(("length", "kept"), [(0, 0), (1, 1), (10, 10), (64, 64), (65, 64), (3000, 64)])
+def test_short_writes_are_padded_and_long_ones_cut(dev: Mounted, length: int, kept: int) -> None:
+    dev.write("user_report_data", b"\xee" * 64)
+    data = os.urandom(length)
+    dev.write("user_report_data", data)
+    if length:  # to write nothing is no write
+        assert dev.read("user_report_data") == data[:kept].ljust(64, b"\0") == dev.reported()
+    else:
+        assert dev.reported() == b"\xee" * 64
+
+
+def test_a_write_is_in_force_before_the_file_is_closed(dev: Mounted) -> None:
+    fd = os.open(dev.point / "user_report_data", os.O_WRONLY)
+    os.write(fd, b"A" * 64)
+    assert dev.reported() == b"A" * 64
+    os.write(fd, b"B" * 20)  # another write through the same descriptor replaces the whole
+    assert dev.reported() == b"B" * 20 + bytes(44)
+    os.pwrite(fd, b"C" * 64, 0)
+    assert dev.reported() == b"C" * 64
+    os.close(fd)
+    assert dev.reported() == b"C" * 64
+
+
+def test_pieces_that_follow_one_another_are_put_together(dev: Mounted) -> None:
+    with open(dev.point / "target_info", "wb", buffering=0) as file:
+        for at in range(0, 512, 100):
+            file.write(dev.enclave.target_info()[at : at + 100])
+    assert dev.read("target_info") == dev.enclave.target_info()
+
+
+def test_reading_and_writing_through_one_descriptor(dev: Mounted) -> None:
+    dev.write("user_report_data", b"old".ljust(64, b"."))
+    fd = os.open(dev.point / "user_report_data", os.O_RDWR)
+    assert os.pread(fd, 100, 0) == b"old".ljust(64, b".")
+    os.pwrite(fd, b"new", 0)
+    assert os.pread(fd, 100, 0) == b"new"
+    os.close(fd)
+    assert dev.read("user_report_data") == b"new".ljust(64, b"\0")
+
+
+@pytest.mark.parametrize("name", [
+    "attestation_type", "my_target_info", "report", "quote", "keys/_sgx_mrenclave", "keys/_sgx_mrsigner",
+])  # fmt: skip
+@pytest.mark.parametrize("flags", [os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_TRUNC, os.O_WRONLY | os.O_APPEND])
+def test_not_even_root_writes_what_is_read_only(dev: Mounted, name: str, flags: int) -> None:
+    before = dev.read("target_info"), dev.read("user_report_data")
+    with pytest.raises(PermissionError):
+        dev.write(name, b"x" * 16, flags)
+    assert (dev.read("target_info"), dev.read("user_report_data")) == before
+    assert dev.faults == []
+
+
+def test_modes_owners_and_names_are_fixed(dev: Mounted) -> None:
+    file = dev.point / "user_report_data"
+    with pytest.raises(PermissionError):
+        file.chmod(0o777)
+    with pytest.raises(PermissionError):
+        os.chown(file, 1, 1)
+    new = dev.point / "new"
+    for refused, *arguments in ((file.unlink,), (file.rename, new), (new.touch,), (new.mkdir,), (new.symlink_to, "x")):
+        with pytest.raises(OSError):
+            refused(*arguments)
+    os.truncate(file, 3)
+    assert len(dev.read("user_report_data")) == 64
+    assert dev.faults == []
+
+
+# --- keys
+
+
+def test_sealing_keys_are_the_enclaves(dev: Mounted) -> None:
+    for name in ("mrenclave", "mrsigner"):
+        assert dev.read(f"keys/_sgx_{name}") == dev.enclave.seal_key(name)
+        assert len(dev.read(f"keys/_sgx_{name}")) == 16
+
+
+@pytest.mark.parametrize("length", [1, 15, 17, 32, 5000])
+def test_a_key_has_16_bytes(dev: Mounted, length: int) -> None:
+    assert dev.read("keys/default") == b""
+    dev.write("keys/default", b"0123456789abcdef")
+    with pytest.raises(PermissionError):
+        dev.write("keys/default", b"k" * length)
+    assert dev.read("keys/default") == b"0123456789abcdef"
+    fd = os.open(dev.point / "keys/default", os.O_WRONLY)
+    os.write(fd, b"fedcba98")
+    os.write(fd, b"76543210")
+    os.close(fd)
+    assert dev.read("keys/default") == b"fedcba9876543210"
+
+
+def _as(user: int, path: Path) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["cat", path], user=user, group=user, extra_groups=[], capture_output=True, cwd="/")
+
+
+def test_keys_and_secrets_are_the_applications_alone(dev: Mounted) -> None:
+    dev.secrets.put(b"token", b"hush")
+    dev.write("keys/default", b"0123456789abcdef")
+    for user in (OWNER, 65534):
+        assert _as(user, dev.point / "attestation_type").stdout == b"dcap"
+    for name, value in (("keys/default", b"0123456789abcdef"), ("keys/_sgx_mrenclave", dev.enclave.seal_key("mrenclave")),
+                        ("secrets/token", b"hush")):  # fmt: skip
+        assert _as(OWNER, dev.point / name).stdout == value
+        other = _as(65534, dev.point / name)
+        assert other.stdout == b"" and b"Permission denied" in other.stderr
+
+
+def test_secrets_come_and_go(dev: Mounted) -> None:
+    assert os.listdir(dev.point / "secrets") == []
+    dev.secrets.put(b"b", b"2")
+    dev.secrets.put(b"a", b"first")
+    assert os.listdir(dev.point / "secrets") == ["a", "b"]
+    numbers = {name: (dev.point / "secrets" / name).stat().st_ino for name in "ab"}
+    dev.secrets.put(b"a", b"replaced")
+    assert dev.read("secrets/a") == b"replaced"
+    assert (dev.point / "secrets/a").stat().st_size == 8
+    assert {name: (dev.point / "secrets" / name).stat().st_ino for name in "ab"} == numbers
+    assert stat.S_IMODE((dev.point / "secrets/a").stat().st_mode) == 0o400
+    with pytest.raises(PermissionError):
+        dev.write("secrets/a", b"x")
+    dev.secrets.wipe()
+    assert os.listdir(dev.point / "secrets") == []
+    with pytest.raises(FileNotFoundError):
+        dev.read("secrets/a")
+    assert dev.faults == []
+
+
+# --- processes
+
+_CHILD = """
+import sys
+point, text = sys.argv[1:]
+with open(point + "/user_report_data", "wb") as file: file.write(text.encode().ljust(64, b"."))
+sys.stdout.write(open(point + "/user_report_data", "rb").read().rstrip(b".").decode())
+sys.stdout.flush()
+sys.stdin.read(1)
+sys.stdout.write(open(point + "/user_report_data", "rb").read().rstrip(b".").decode())
+"""
+
+
+def test_what_a_process_writes_is_its_own(dev: Mounted) -> None:
+    children = []
+    for text in ("one", "two"):
+        child = subprocess.Popen(
+            [sys.executable, "-ISc", _CHILD, dev.point, text], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert child.stdout is not None
+        assert child.stdout.read(3) == text.encode()
+        children.append(child)
+    # Who has written nothing sees what was written last.
+    assert _as(65534, dev.point / "user_report_data").stdout == b"two".ljust(64, b".")
+    dev.write("user_report_data", b"parent".ljust(64, b"."))
+    assert [child.communicate(b"x")[0] for child in children] == [b"one", b"two"]
+    assert dev.reported() == b"parent".ljust(64, b".")
+
+
+def test_threads_of_a_process_share(dev: Mounted) -> None:
+    thread = threading.Thread(target=dev.write, args=("user_report_data", b"T" * 64))
+    thread.start()
+    thread.join()
+    assert dev.reported() == b"T" * 64
+
+
+def test_many_processes_at_once(dev: Mounted) -> None:
+    script = f"""i=0; while [ $i -lt 10 ]; do
+printf %-64s $$-$i > {dev.point}/user_report_data
+# The shell itself reads, as it wrote.
+read -r line < {dev.point}/user_report_data; [ "$line" = "$$-$i" ] || echo "$$ wrote $i and saw $line"
+i=$((i+1)); done"""
+    shells = [subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE) for _ in range(8)]
+    assert [shell.communicate()[0] for shell in shells] == [b""] * 8
+
+
+def test_an_enclave_that_cannot_answer_is_an_error_and_is_reported(platform: SimulatedPlatform, load: Any) -> None:
+    enclave = load()
+    faults: list[BaseException] = []
+
+    def quote(data: bytes) -> bytes:
+        return platform.quote(enclave.report(platform.quote_target_info(), data))
+
+    calls = EnclaveCalls(enclave.target_info, enclave.report, quote, enclave.seal_key)
+    served = AttestFs(calls, SecretStore(), owner=(0, 0), on_fault=faults.append)
+    point = Path(tempfile.mkdtemp(prefix="attestation-"))
+    served.mount(str(point))
+    try:
+        assert len((point / "report").read_bytes()) == 432
+        enclave.destroy()
+        for name in ("report", "quote", "keys/_sgx_mrsigner"):
+            with pytest.raises(OSError, match="Input/output error"):
+                (point / name).read_bytes()
+        assert faults
+        assert (point / "attestation_type").read_bytes() == b"dcap"
+    finally:
+        mounts.umount(str(point))
+        point.rmdir()
