@@ -30,6 +30,8 @@ from ..tee.base import Enclave, Platform
 
 #: A request may hold a 1 MiB secret, base64 twice.
 _REQUEST = 4 << 20
+#: Of a larger one this much is read before the connection is closed.
+_DRAINED = 64 << 20
 #: Challenges whose keys are kept for a release.
 _CHANNELS = 16
 _TIMEOUT_SECONDS = 30.0
@@ -182,13 +184,15 @@ def _key_id(jwk: dict[str, str]) -> str:
 
 def _read_line(connection: socket.socket) -> bytes:
     data = bytearray()
-    while not data.endswith(b"\n"):
+    size = 0
+    while not data.endswith(b"\n") and size < _DRAINED:
         chunk = connection.recv(65536)
         if not chunk:
             break
+        size += len(chunk)
         data += chunk
-        if len(data) > _REQUEST:
-            raise UsageError(
-                "the request is too large", id="control.request.size", expected=f"at most {_REQUEST} bytes"
-            )
+        if size > _REQUEST:
+            data = data[-1:]  # read on, so that the sender comes to read why it is refused
+    if size > _REQUEST:
+        raise UsageError("the request is too large", id="control.request.size", expected=f"at most {_REQUEST} bytes")
     return bytes(data)
