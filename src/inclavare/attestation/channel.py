@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 KEY_WRAPPING = "ECDH-ES+A256KW"
 CONTENT_ENCRYPTION = "A256GCM"
+#: Largest secret in bytes.
+MAX_SECRET = 1 << 20
 #: Members of a flattened JWE (RFC 7516, 7.2.2) as the KBS protocol uses it, in the order of the compact form.
 _JWE_KEYS = ("protected", "encrypted_key", "iv", "ciphertext", "tag")
 _RUNTIME_KEYS = frozenset({"additional-evidence", "nonce", "tee-pubkey"})
@@ -100,12 +102,14 @@ class EnclaveChannel:
         from joserfc import jwe as jose
         from joserfc.errors import JoseError
 
+        registry = jose.JWERegistry(algorithms=[KEY_WRAPPING, CONTENT_ENCRYPTION])
+        registry.max_ciphertext_length = -(-MAX_SECRET * 4 // 3)  # joserfc's own limit is 64 KB
         try:
             if not isinstance(jwe, dict) or set(jwe) != set(_JWE_KEYS):
                 raise ValueError("other members than those of a flattened JWE")
             # With every header protected, a flattened JWE is a compact one with its parts named.
             compact = ".".join(jwe[part] for part in _JWE_KEYS)
-            opened = jose.decrypt_compact(compact, self._key, algorithms=[KEY_WRAPPING, CONTENT_ENCRYPTION])
+            opened = jose.decrypt_compact(compact, self._key, registry=registry)
         except (JoseError, ValueError, TypeError, KeyError) as error:
             raise EvidenceError(
                 "the encrypted message cannot be opened",

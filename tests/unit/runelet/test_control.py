@@ -187,6 +187,9 @@ def test_a_request_that_is_too_large(short: Running, monkeypatch: pytest.MonkeyP
     large = os.urandom(1 << 20)
     short.ask(op="release", name="large", tee_pubkey=key, jwe=encrypt(key, large))
     assert short.secrets.get(b"large") == large
+    key = short.challenge().runtime_data["tee-pubkey"]
+    error = short.refused(op="release", name="larger", tee_pubkey=key, jwe=encrypt(key, large + b"xx"))
+    assert error.id == "evidence.channel.jwe" and "size" in str(error.found)
 
 
 def test_one_that_says_nothing_holds_up_nobody(short: Running) -> None:
