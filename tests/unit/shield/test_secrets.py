@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from inclavare.errors import PlatformError, ResourceError
+from inclavare.shield import secrets
 from inclavare.shield.attestfs import check_secret_name
 from inclavare.shield.encrypted import EncryptedDirectory
 from inclavare.shield.secrets import Secret, SecretStore, has_memfd_secret
@@ -118,3 +120,27 @@ def test_a_directory_that_cannot_be_mounted_says_why(tmp_path: Path) -> None:
         directory.wait()
     assert caught.value.found
     directory.stop()
+
+
+def test_a_kernel_without_secret_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secrets, "_SYS_MEMFD_SECRET", 100_000)
+    assert not has_memfd_secret()
+    secret = Secret(b"locked instead")
+    assert (secret.protected, secret.reveal()) == (False, b"locked instead")
+    region = secret._map
+    secret.wipe()
+    assert region.closed
+
+
+@pytest.mark.skipif(not has_memfd_secret(), reason="this kernel gives out no secret memory")
+def test_secret_memory_cannot_be_read_through_proc() -> None:
+    value = os.urandom(32)
+    secret = Secret(value)
+    # The way that a debugger, and root, read another's memory.
+    address = ctypes.addressof(ctypes.c_char.from_buffer(secret._map))
+    with open("/proc/self/mem", "rb", buffering=0) as memory:
+        memory.seek(address)
+        with pytest.raises(OSError):
+            memory.read(32)
+    assert secret.reveal() == value
+    secret.wipe()
