@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runebox import RuneBox
-
-from conftest import need
+from runebox import RuneBox, need
 
 pytestmark = pytest.mark.crun
 
