@@ -259,6 +259,11 @@ def test_secret_vault(node: Node) -> None:
     assert SECRET.decode() not in listed.stdout
     for name in ("../x", "a/b", "..", ""):
         assert node.inclavare("secret", "put", name, "-p", policy, "--vault", vault, input=b"x").returncode == 2
+    open_policy = node.base / "open.toml"
+    for text in ('any_enclave = "allow"\n', 'simulated = "allow"\n'):
+        open_policy.write_text(text)
+        refused = node.inclavare("secret", "put", "x", "-p", open_policy, "--vault", vault, input=b"x")
+        assert refused.returncode == 2 and "secret.policy.open" in refused.stderr
     assert node.inclavare("secret", "put", "empty", "-p", policy, "--vault", vault, input=b"").returncode == 2
     assert node.inclavare("secret", "get", "none", "--container", "c1", "--vault", vault).returncode == 2
     assert node.inclavare("secret", "get", "key", "--container", "nowhere", "--vault", vault).returncode == 2
@@ -275,3 +280,25 @@ def test_required_secret_without_a_broker_stops_the_start(node: Node) -> None:
     done = node.run(node.bundle(*manifest["args"], tee="sgx-sim", rootfs=image))
     assert done.returncode == 1
     assert "runelet.secret.unavailable" in done.stderr
+
+
+def test_who_may_not_look_is_told_so(node: Node) -> None:
+    node.start(node.build())
+    node.base.chmod(0o755)
+    for parent in node.base.parents:
+        if parent.stat().st_uid == 0 and str(parent).startswith("/tmp/"):
+            parent.chmod(0o755)
+    program = "import os; os.setgroups([]); os.setgid(65534); os.setuid(65534); from inclavare.cli import main; main()"
+    for words in (["list"], ["attest", "c1"]):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *words], env=node.env, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 5, done.stdout + done.stderr
+        assert "run as root" in done.stderr
+
+
+def test_ordinary_mistakes_are_not_called_defects(node: Node) -> None:
+    node.start(node.build())
+    done = node.inclavare("attest", "c1", "-o", "/nowhere/evidence.json")
+    assert done.returncode == 2 and "/nowhere/evidence.json" in done.stderr
+    assert "defect" not in done.stderr

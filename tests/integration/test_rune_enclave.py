@@ -381,6 +381,27 @@ def test_encrypted_volume_survives_and_is_bound_to_the_enclave(box: RuneBox) -> 
     assert "kept" not in other.stdout
 
 
+def test_a_read_only_encrypted_volume_stays_read_only(box: RuneBox) -> None:
+    volume = box.base / "volume"
+    volume.mkdir()
+    template = box.base / "default.toml"
+    template.write_text('[[files.encrypted]]\npath = "/data"\nkey = "sealed:mrsigner"\n')
+    box.configure(f'[signing]\ndefault_manifest = "{template}"')
+
+    def mount(*options: str) -> Any:
+        def change(config: dict[str, Any]) -> None:
+            config["mounts"].append(
+                {"destination": "/data", "type": "bind", "source": str(volume), "options": ["bind", *options]}
+            )
+
+        return change
+
+    assert box.run(box.bundle(*shell("echo kept > /data/state"), change=mount("rw"))).returncode == 0
+    done = box.run(box.bundle(*shell("cat /data/state; echo more >> /data/state"), change=mount("ro")))
+    assert done.stdout == "kept\n"
+    assert "Read-only file system" in done.stderr
+
+
 # --- /dev/attestation
 
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .. import __version__
+
+if TYPE_CHECKING:
+    from ..errors import InclavareError
 
 _HERE = Path(__file__).parent
 
@@ -51,6 +54,14 @@ class Commands(click.Group):
 
             show_error(error, as_json=bool(ctx.meta.get("inclavare.json")))
             ctx.exit(error.exit_code)
+        except OSError as error:
+            if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
+                raise
+            from ._output import show_error
+
+            known = _from_system(error)
+            show_error(known, as_json=bool(ctx.meta.get("inclavare.json")))
+            ctx.exit(known.exit_code)
         except (click.exceptions.Exit, click.Abort, click.ClickException, BrokenPipeError, KeyboardInterrupt):
             raise
         except Exception as error:
@@ -59,6 +70,22 @@ class Commands(click.Group):
             click.echo(f"inclavare: unexpected {type(error).__name__}: {error}", err=True)
             click.echo("  this is a defect; run again with inclavare --debug … and report what it prints", err=True)
             ctx.exit(1)
+
+
+def _from_system(error: OSError) -> InclavareError:
+    """What the kernel refused, with what to do about it."""
+    import errno
+
+    from ..errors import PlatformError, ResourceError, UsageError
+
+    what = f"{error.filename or 'a file'} cannot be used"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return PlatformError(
+            what, id="cli.system.permission", found=error.strerror, remedy="run as root, for example with sudo"
+        )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(what, id="cli.system.full", found=error.strerror, remedy="make room on that disk")
+    return UsageError(what, id="cli.system.file", found=error.strerror, remedy="correct the path")
 
 
 def summary(name: str) -> str:

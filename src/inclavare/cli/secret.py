@@ -48,6 +48,14 @@ def put(*, name: str, policy_path: Path, root_path: Path | None, source: Path | 
     from ..enclave.paths import write_atomically
 
     policy = load_policy(policy_path, root_path)
+    if policy.any_enclave or not (policy.mrenclave or policy.mrsigner):
+        raise UsageError(
+            "the policy does not say which enclaves may have the secret",
+            id="secret.policy.open",
+            found='any_enclave = "allow"' if policy.any_enclave else "neither mrenclave nor mrsigner",
+            expected="mrenclave or mrsigner",
+            remedy="name the enclave (inclavare inspect IMAGE) or its signer in the policy",
+        )
     value = source.read_bytes() if source is not None else _standard_input()
     if not 0 < len(value) <= MAX_SECRET:
         raise UsageError(

@@ -279,7 +279,7 @@ def build_image(
             return replace(made, destination=destination.text)
         identity = measure(manifest, opened.rootfs, recipe.image_of, progress)
         sigstruct = signing.sign_image(identity.image, manifest, recipe.key, mrenclave=identity.mrenclave)
-        layout = opened.layout or oci.new_layout(opened.rootfs, manifest, work, progress)
+        layout = opened.layout or oci.new_layout(opened.rootfs, work, progress)
         oci.add_stored(layout, work, opened.rootfs, to_stored(identity, sigstruct, recipe.source), progress)
         oci.push(layout, destination, force=force, tls_verify=tls_verify, progress=progress)
         return Built(identity, sigstruct, _mrsigner(sigstruct), destination.text)
@@ -302,11 +302,18 @@ def _finish_directory(
 
 
 def _annotate_bundle(path: Path, manifest: Manifest) -> None:
-    """Let the bundle name its TEE, as an image's label does."""
-    if len(manifest.enclave.tee) != 1:
-        return
+    """Let the bundle ask for the measured process and name its TEE, as an image's configuration does."""
     document = json.loads(path.read_bytes())
-    document["annotations"] = {**(document.get("annotations") or {}), "enclave.type": manifest.enclave.tee[0]}
+    measured = manifest.process
+    process = document.setdefault("process", {})
+    process["args"] = list(measured.args) or process.get("args", [])
+    process["cwd"] = measured.cwd
+    uid, gid, groups = measured.ids
+    process["user"] = {**(process.get("user") or {}), "uid": uid, "gid": gid, "additionalGids": list(groups)}
+    kept = [entry for entry in process.get("env") or [] if entry.partition("=")[0] not in measured.env]
+    process["env"] = kept + [f"{name}={value}" for name, value in measured.env.items()]
+    if len(manifest.enclave.tee) == 1:
+        document["annotations"] = {**(document.get("annotations") or {}), "enclave.type": manifest.enclave.tee[0]}
     try:
         write_atomically(path, json.dumps(document, indent=2).encode() + b"\n", path.stat().st_mode & 0o777)
     except OSError as error:

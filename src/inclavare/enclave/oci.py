@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import InclavareError, IntegrityError, PlatformError, UsageError
-from . import stored
-from .manifest import Manifest
+from . import stored, users
+from .manifest import ProcessSection
 from .paths import full_disk, write_atomically
 from .programs import remove_tree, require_programs, run, skopeo_copy
 from .reference import Reference
@@ -295,6 +295,7 @@ def copy_directory(opened: Source, new: Path, progress: Progress) -> Path:
     require_programs("cp")
     progress.stage("copying files")
     _refuse_mounts(opened.rootfs)
+    _refuse_other_owners(opened.rootfs)
     bundle = opened.reference.kind == "bundle"
     rootfs = new / "rootfs" if bundle else new
     rootfs.mkdir(exist_ok=True)
@@ -305,6 +306,24 @@ def copy_directory(opened: Source, new: Path, progress: Progress) -> Path:
         document["root"]["path"] = "rootfs"
         (new / "config.json").write_text(json.dumps(document, indent=2) + "\n")
     return rootfs
+
+
+def _refuse_other_owners(rootfs: Path) -> None:
+    """Owners are measured, and only root can give a copy's files to others."""
+    if os.geteuid() == 0:
+        return
+    own = (os.geteuid(), os.getegid())
+    for directory, names, files in os.walk(rootfs):
+        for name in (".", *names, *files):
+            status = os.lstat(os.path.join(directory, name))
+            if (status.st_uid, status.st_gid) != own:
+                raise PlatformError(
+                    "copying a root file system needs root, because the owners of its files are measured",
+                    id="enclave.oci.root",
+                    found=f"{Path(directory) / name} belongs to {status.st_uid}:{status.st_gid}",
+                    expected=f"{own[0]}:{own[1]}",
+                    remedy="run as root, for example with sudo, or build with --in-place",
+                )
 
 
 def _refuse_mounts(rootfs: Path) -> None:
@@ -332,7 +351,7 @@ def refuse_odd_stored(rootfs: Path) -> None:
         )
 
 
-def new_layout(rootfs: Path, manifest: Manifest, work: Path, progress: Progress) -> Path:
+def new_layout(rootfs: Path, work: Path, progress: Progress) -> Path:
     """An OCI image with one layer: a root file system."""
     require_programs("skopeo", "umoci")
     progress.stage("packing the root file system")
@@ -341,16 +360,33 @@ def new_layout(rootfs: Path, manifest: Manifest, work: Path, progress: Progress)
     run("making an image", "umoci", "init", "--layout", layout)
     run("making an image", "umoci", "new", "--image", image)
     run("packing the root file system", "umoci", "insert", "--image", image, rootfs, "/")
-    process = manifest.process
-    arguments = [argument for part in process.args for argument in ("--config.cmd", part)]
-    arguments += [argument for name, value in process.env.items() for argument in ("--config.env", f"{name}={value}")]
-    arguments += ["--config.workingdir", process.cwd, "--config.user", process.user.partition(",")[0]]
-    run("configuring the image", "umoci", "config", "--no-history", "--image", image, *arguments)
     return layout
 
 
+def _process_options(process: ProcessSection, config: dict[str, Any], rootfs: Path) -> list[str]:
+    """umoci's options that give an image the measured process, so that an engine asks for just that by itself.
+
+    What says the same already stays as its author wrote it.
+    """
+    options: list[str] = []
+    if process.args and [*(config.get("Entrypoint") or []), *(config.get("Cmd") or [])] != list(process.args):
+        options += ["--clear", "config.entrypoint", "--clear", "config.cmd"]
+        options += [option for part in process.args for option in ("--config.cmd", part)]
+    options += [option for name, value in process.env.items() for option in ("--config.env", f"{name}={value}")]
+    root_fd = os.open(rootfs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        own = users.resolve(root_fd, str(config.get("User") or "0"))
+    except UsageError:
+        own = ""  # a name that the image does not know; the manifest named another
+    finally:
+        os.close(root_fd)
+    if own != process.user:
+        options += ["--config.user", process.user.partition(",")[0]]
+    return [*options, "--config.workingdir", process.cwd]
+
+
 def add_stored(layout: Path, work: Path, rootfs: Path | None, contents: stored.Stored, progress: Progress) -> None:
-    """Add the one layer with ``/.inclavare/``, and the label and environment that name the TEE.
+    """Add the one layer with ``/.inclavare/``, the measured process, and the label and variable that name the TEE.
 
     Args:
         layout: OCI layout from :func:`pull`.
@@ -383,13 +419,14 @@ def add_stored(layout: Path, work: Path, rootfs: Path | None, contents: stored.S
         addition / stored.DIRECTORY,
         f"/{stored.DIRECTORY}",
     )
+    # An image that is signed again has its process from when it was built.
+    process = contents.manifest.process
+    options = [] if rootfs is None else _process_options(process, _image_config(layout), rootfs)
     tees = contents.manifest.enclave.tee
     if len(tees) == 1:
-        run(
-            "configuring the image",
-            *("umoci", "config", "--no-history", "--image", image),
-            *("--config.label", f"enclave.type={tees[0]}", "--config.env", f"ENCLAVE_TYPE={tees[0]}"),
-        )
+        options += ["--config.label", f"enclave.type={tees[0]}", "--config.env", f"ENCLAVE_TYPE={tees[0]}"]
+    if options:
+        run("configuring the image", "umoci", "config", "--no-history", "--image", image, *options)
 
 
 def push(layout: Path, destination: Reference, *, force: bool, tls_verify: bool, progress: Progress) -> None:

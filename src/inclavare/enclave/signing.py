@@ -53,7 +53,7 @@ def load_key(path: Path) -> RSAPrivateKey:
             id="enclave.signing.key",
             found=error.strerror,
             expected="an RSA-3072 private key with exponent 3, PEM",
-            remedy=f"make one with: openssl genrsa -3 -out {path} 3072",
+            remedy="name another file, or make one with: openssl genrsa -3 -out new-key.pem 3072",
         ) from None
     return _parse_key(pem, path)
 
@@ -83,7 +83,7 @@ def _parse_key(pem: bytes, path: Path) -> RSAPrivateKey:
         id="enclave.signing.key",
         found=found,
         expected="an RSA-3072 private key with exponent 3, PEM, not encrypted",
-        remedy=f"make one with: openssl genrsa -3 -out {path} 3072",
+        remedy="name another file, or make one with: openssl genrsa -3 -out new-key.pem 3072",
     )
 
 

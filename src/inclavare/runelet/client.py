@@ -16,9 +16,18 @@ _TIMEOUT_SECONDS = 60.0
 
 
 def containers(config: Config) -> list[tuple[Path, dict[str, Any]]]:
-    """Directories and metadata of the node's enclave containers, running or ended, sorted by id."""
+    """Directories and metadata of the node's enclave containers, running or ended, sorted by id.
+
+    Raises:
+        PermissionError: whoever asks may not know which containers there are.
+    """
     base = config.run_dir / "enclaves"
-    found = [(path, read_meta(path)) for path in base.glob("*/*") if path.is_dir()]
+    try:
+        roots = list(base.iterdir())
+    except FileNotFoundError:
+        return []
+    # iterdir, not glob: glob takes a directory that it may not read for an empty one.
+    found = [(path, read_meta(path)) for root in roots for path in root.iterdir() if path.is_dir()]
     return sorted(found, key=lambda item: item[0].name)
 
 

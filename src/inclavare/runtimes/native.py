@@ -150,9 +150,11 @@ class NativeSession:
         config = copy.deepcopy(self.container.config)
         config["ociVersion"] = "1.0.2"  # what every low-level runtime knows
         config["root"]["path"] = str(self.container.places.root)
+        asked = {mount["destination"]: mount.get("options") or [] for mount in config.get("mounts", [])}
         mounts_out = [mount for mount in config.get("mounts", []) if mount["destination"] not in self.volumes]
         for path, point in self.volumes.items():
-            mounts_out.append(_bind(path, point, "nosuid", "nodev"))
+            read_only = ["ro"] if {"ro", "rro"} & set(asked.get(path, ())) else []
+            mounts_out.append(_bind(path, point, "nosuid", "nodev", *read_only))
         mounts_out.append(_bind(ATTESTATION, self.container.places.attestation, "nosuid", "nodev", "noexec"))
         config["mounts"] = mounts_out
         return config
@@ -177,7 +179,8 @@ class NativeSession:
 
 
 def _bind(destination: str, source: Path, *options: str) -> dict[str, Any]:
-    return {"destination": destination, "type": "bind", "source": str(source), "options": ["bind", "rw", *options]}
+    access = [] if "ro" in options else ["rw"]
+    return {"destination": destination, "type": "bind", "source": str(source), "options": ["bind", *access, *options]}
 
 
 RUNTIME = NativeRuntime()

@@ -145,6 +145,20 @@ def test_image_to_image(layout: Path, tmp_path: Path, signers: Signers, form: st
 
 
 @needs_tools
+def test_the_image_asks_for_the_measured_process(layout: Path, tmp_path: Path, signers: Signers) -> None:
+    """Otherwise an engine would ask for the original's, and the start would be refused."""
+    toml = '[process]\nargs = ["/bin/sh", "-c", "echo other"]\ncwd = "/tmp"\nuser = "3:4"\nenv = {A = "new"}\n'
+    built = _build(signers, f"oci:{layout}:one", f"oci:{tmp_path}/out:x", toml)
+    root, config = _unpacked(f"oci:{tmp_path}/out:x", tmp_path)
+    _check(built, root)
+    found = config["config"]
+    assert [*found.get("Entrypoint", []), *found["Cmd"]] == ["/bin/sh", "-c", "echo other"]
+    assert (found["WorkingDir"], found["User"]) == ("/tmp", "3:4")
+    assert sorted(found["Env"]) == ["A=new", "ENCLAVE_TYPE=sgx-sim", "PATH=/bin"]
+    assert found["Labels"]["mine"] == "kept"
+
+
+@needs_tools
 def test_archive_as_source_and_twice_the_same(layout: Path, tmp_path: Path, signers: Signers) -> None:
     _sh("skopeo", "copy", "--quiet", f"oci:{layout}:one", f"docker-archive:{tmp_path}/in.tar:one:1")
     first = _build(signers, f"docker-archive:{tmp_path}/in.tar", f"oci:{tmp_path}/a:x")
@@ -272,6 +286,15 @@ def test_bundle(bundle: Path, tmp_path: Path, signers: Signers) -> None:
     again = _build(signers, bundle, None)
     assert again.identity.mrenclave == built.identity.mrenclave
     assert json.loads((bundle / "config.json").read_bytes())["annotations"]["enclave.type"] == "sgx-sim"
+
+
+def test_the_bundle_asks_for_the_measured_process(bundle: Path, tmp_path: Path, signers: Signers) -> None:
+    toml = '[process]\nargs = ["/bin/other"]\ncwd = "/"\nuser = "8:9"\nenv = {A = "2", B = "3"}\n'
+    _build(signers, bundle, tmp_path / "out", toml)
+    process = json.loads((tmp_path / "out/config.json").read_bytes())["process"]
+    assert (process["args"], process["cwd"]) == (["/bin/other"], "/")
+    assert process["user"] == {"uid": 8, "gid": 9, "additionalGids": []}
+    assert sorted(process["env"]) == ["A=2", "B=3", "ENCLAVE_RUNTIME_LOGLEVEL=debug"]
 
 
 # --- wrong inputs
