@@ -12,6 +12,7 @@ import select
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import tempfile
 import time
@@ -204,6 +205,27 @@ def oci_archive(work: Path, name: str) -> Path:
     copy = ["skopeo", "copy", "--insecure-policy", f"oci:{tag}", f"oci-archive:{archive_path}:{name}"]
     subprocess.run(copy, check=True, capture_output=True)
     return archive_path
+
+
+BUILT_MANIFEST = """
+[process]
+args = ["/bin/sh", "-c", "cat /dev/attestation/attestation_type; echo; id -u; pwd; echo $MODE; env"]
+user = "1000:1000"
+cwd = "/tmp"
+env = { MODE = "measured" }
+"""
+#: How what the manifest above starts begins to speak.
+BUILT_OUTPUT = "dcap\n1000\n/tmp\nmeasured\n"
+
+
+def build_enclave_image(work: Workspace, source: str, destination: str) -> None:
+    """``inclavare build`` with a manifest of its own: other arguments, user and directory than the image's."""
+    manifest = work.root / "built.toml"
+    manifest.write_text(BUILT_MANIFEST)
+    program = "from inclavare.cli import main; main()"
+    words = ["build", source, destination, "--manifest", str(manifest), "--tee", "sgx-sim"]
+    done = work.run(sys.executable, "-c", program, *words)
+    assert done.returncode == 0, done.stderr
 
 
 # --- terminals --------------------------------------------------------------------------------------------------------

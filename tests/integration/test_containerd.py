@@ -7,7 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from daemons import Containerd, Result, Terminal, mounts_below, processes_naming, wait_for
+from daemons import (
+    BUILT_OUTPUT,
+    Containerd,
+    Result,
+    Terminal,
+    build_enclave_image,
+    mounts_below,
+    processes_naming,
+    wait_for,
+)
 
 pytestmark = [pytest.mark.daemon, pytest.mark.crun]
 
@@ -183,3 +192,14 @@ def test_hardware_enclave_is_refused_with_the_reason(containerd: Containerd, run
     done = run(containerd, [*how(way, rune), "--env", "ENCLAVE_TYPE=intelSgx"], "true")
     assert done.returncode != 0
     assert "tee.platform.unusable" in done.stderr
+
+
+@pytest.mark.parametrize("way", ["binary", "type"])
+def test_built_image_runs_as_it_was_measured(containerd: Containerd, rune: Path, way: str) -> None:
+    name, out = f"docker.io/inclavare/built:{way}", containerd.work.root / "out.tar"
+    out.unlink(missing_ok=True)
+    source = containerd.work.root / "image/image.tar"
+    build_enclave_image(containerd.work, f"oci-archive:{source}", f"oci-archive:{out}:{name}")
+    assert containerd("image", "import", str(out)).returncode == 0
+    done = containerd("run", "--rm", *how(way, rune), name, "c")
+    assert done.stdout.startswith(BUILT_OUTPUT), done.stderr

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from daemons import Docker, Terminal, mounts_below, processes_naming, wait_for
+from daemons import BUILT_OUTPUT, Docker, Terminal, build_enclave_image, mounts_below, processes_naming, wait_for
 
 pytestmark = [pytest.mark.daemon, pytest.mark.crun]
 
@@ -344,3 +344,17 @@ def test_hardware_enclave_is_refused_with_the_reason(docker: Docker) -> None:
     assert "sgx" in done.stderr
     unknown = docker("run", "--rm", "--runtime", "rune", "-e", "ENCLAVE_TYPE=nonsense", docker.image, "true")
     assert "nonsense" in unknown.stderr
+
+
+def test_built_image_runs_as_it_was_measured(docker: Docker) -> None:
+    root = docker.work.root
+    assert docker("save", "-o", f"{root}/in.tar", docker.image).returncode == 0
+    build_enclave_image(docker.work, f"docker-archive:{root}/in.tar", f"docker-archive:{root}/out.tar:built:latest")
+    assert docker("load", "-i", f"{root}/out.tar").returncode == 0
+    output = run(docker, "rune", "built:latest")
+    assert output.startswith(BUILT_OUTPUT)
+    assert "ENCLAVE" not in output
+    done = docker("run", "--rm", "--runtime", "rune", "built:latest", "id")
+    assert done.returncode == 125 and "admission.args.refused" in done.stderr
+    done = docker("run", "--rm", "--runtime", "rune", "-u", "0", "built:latest")
+    assert done.returncode == 125 and "admission.user.refused" in done.stderr

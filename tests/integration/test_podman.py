@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from daemons import Podman, Result, Terminal, mounts_below, wait_for
+from daemons import BUILT_OUTPUT, Podman, Result, Terminal, build_enclave_image, mounts_below, wait_for
 
 pytestmark = [pytest.mark.daemon, pytest.mark.crun]
 
@@ -171,3 +171,14 @@ def test_the_drop_in_written_by_install_is_read_by_podman(rune: Path) -> None:
         )
         subprocess.run(["umount", f"{scratch}/r/overlay"], check=False, capture_output=True)
     assert done.stdout.strip() == str(rune), done.stderr
+
+
+def test_built_image_runs_as_it_was_measured(podman: Podman) -> None:
+    root = podman.work.root
+    assert podman("save", "-o", f"{root}/in.tar", podman.image).returncode == 0
+    build_enclave_image(
+        podman.work, f"docker-archive:{root}/in.tar", f"docker-archive:{root}/out.tar:localhost/built:1"
+    )
+    assert podman("load", "-i", f"{root}/out.tar").returncode == 0
+    done = run(podman, "rune", "localhost/built:1")
+    assert done.stdout.startswith(BUILT_OUTPUT), done.stderr
