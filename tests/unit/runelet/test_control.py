@@ -179,9 +179,15 @@ def test_a_request_without_its_final_newline(short: Running) -> None:
 def test_a_request_that_is_too_large(short: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     assert short.raw(b" " * (control._REQUEST + (1 << 20)))["error"]["id"] == "control.request.size"
     assert short.refused(op="info", more="x" * control._REQUEST).id == "control.request.size"
-    with monkeypatch.context() as patch, pytest.raises(ConnectionResetError):
+    with monkeypatch.context() as patch:
         patch.setattr(control, "_DRAINED", control._REQUEST + 1)
-        short.raw(b" " * (16 << 20))
+        # Not read to the end: whether the sender still comes to read the refusal depends on who is quicker.
+        try:
+            reply = short.raw(b" " * (16 << 20))
+        except ConnectionError:
+            pass
+        else:
+            assert reply["error"]["id"] == "control.request.size"
     # A secret of a megabyte is none.
     key = short.challenge().runtime_data["tee-pubkey"]
     large = os.urandom(1 << 20)
