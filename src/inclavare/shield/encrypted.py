@@ -11,7 +11,9 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
+from collections import deque
 from pathlib import Path
 
 from ..errors import PlatformError, ResourceError
@@ -28,6 +30,16 @@ class EncryptedDirectory:
     def __init__(self, process: subprocess.Popen[bytes], mount_point: str) -> None:
         self._process = process
         self.mount_point = mount_point
+        # Read always, so that a long-lived gocryptfs with many warnings never waits for a full pipe; the last ones tell
+        # why it ended.
+        self._said: deque[bytes] = deque(maxlen=8)
+        self._reader = threading.Thread(target=self._listen, name="gocryptfs-stderr", daemon=True)
+        self._reader.start()
+
+    def _listen(self) -> None:
+        assert self._process.stderr is not None
+        with self._process.stderr as stream:
+            self._said.extend(stream)
 
     @classmethod
     def start(cls, cipher: Path, mount_point: Path, key: Secret) -> EncryptedDirectory:
@@ -107,12 +119,9 @@ class EncryptedDirectory:
     def _last_words(self) -> str:
         self._process.kill()
         self._process.wait()
-        errors = b"" if self._process.stderr is None else self._process.stderr.read()
-        return " ".join(errors.decode(errors="replace").split())[-400:] or f"exit {self._process.returncode}"
-
-    def alive(self) -> bool:
-        """Whether the serving process runs."""
-        return self._process.poll() is None
+        self._reader.join(1)
+        said = b" ".join(self._said).decode(errors="replace")
+        return " ".join(said.split())[-400:] or f"exit {self._process.returncode}"
 
     def stop(self) -> None:
         """Unmount and end the process. Idempotent."""
@@ -120,5 +129,4 @@ class EncryptedDirectory:
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
-        if self._process.stderr is not None:
-            self._process.stderr.close()
+        self._reader.join(1)

@@ -144,3 +144,21 @@ def test_secret_memory_cannot_be_read_through_proc() -> None:
             memory.read(32)
     assert secret.reveal() == value
     secret.wipe()
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv")
+def test_one_that_says_much_is_listened_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe holds 64 KiB; gocryptfs warns on standard error as long as it lives."""
+    talker = tmp_path / "gocryptfs"
+    talker.write_text(
+        "#!/bin/sh\ni=0\nwhile [ $i -lt 5000 ]; do echo a warning of some length about something >&2; i=$((i+1)); done\n"
+        "kill -USR1 $2\nexec sleep 100\n"
+    )
+    talker.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "plain").mkdir()
+    directory = EncryptedDirectory.start(tmp_path, tmp_path / "plain", Secret(bytes(32)))
+    try:
+        directory.wait()
+    finally:
+        directory.stop()
