@@ -97,7 +97,7 @@ def load(path: str | None = None) -> Config:
         with open(name, "rb") as handle:
             raw = handle.read()
     except FileNotFoundError:
-        if path is None and ENV_PATH not in os.environ:
+        if path is None and not os.environ.get(ENV_PATH):
             return Config()
         raise UsageError(
             f"configuration file {name} does not exist",

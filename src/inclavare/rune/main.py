@@ -91,7 +91,7 @@ class Call:
         "unclear",
         "usage_error",
         "values",
-    )  # fmt: skip
+    )
 
     def __init__(self, argv: list[str]) -> None:
         self.root = "/run/rune"

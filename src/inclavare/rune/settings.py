@@ -10,6 +10,8 @@ import os
 
 #: Where the values are remembered; only root can write there.
 CACHE = "/run/inclavare-settings"
+#: Values that are remembered before all are dropped; a node has one configuration, a test machine many.
+_KEPT = 16
 
 
 def load() -> tuple[str, str]:
@@ -18,7 +20,7 @@ def load() -> tuple[str, str]:
     try:
         status = os.stat(name)
     except FileNotFoundError:
-        if "INCLAVARE_CONFIG" not in os.environ:
+        if not os.environ.get("INCLAVARE_CONFIG"):
             return "/run/inclavare", "auto"
         return _parse()
     cached = f"{CACHE}/{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
@@ -31,6 +33,7 @@ def load() -> tuple[str, str]:
     run_dir, low_level = _parse()
     try:
         os.makedirs(CACHE, mode=0o700, exist_ok=True)
+        _prune()
         temporary = f"{cached}.{os.getpid()}"
         with open(temporary, "w", encoding="utf-8") as handle:
             handle.write(f"{run_dir}\n{low_level}")
@@ -38,6 +41,16 @@ def load() -> tuple[str, str]:
     except OSError:
         pass  # an unprivileged caller parses each time
     return run_dir, low_level
+
+
+def _prune() -> None:
+    """Keep the directory small: changed configurations leave their old values behind."""
+    names = os.listdir(CACHE)
+    for name in names if len(names) >= _KEPT else ():
+        try:
+            os.unlink(f"{CACHE}/{name}")
+        except FileNotFoundError:
+            pass  # another rune does the same
 
 
 def _parse() -> tuple[str, str]:

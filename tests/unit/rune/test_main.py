@@ -281,3 +281,21 @@ def test_settings_are_remembered_until_the_file_changes(tmp_path: Path, monkeypa
     config.write_text('run_dir = "/c"\n[runtime]\nlow_level = "crun"\n')
     os.utime(config, ns=(1, 1))
     assert settings.load() == ("/c", "crun")
+
+
+def test_few_settings_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "CACHE", str(tmp_path / "cache"))
+    for number in range(3 * settings._KEPT):
+        config = tmp_path / f"{number}.toml"
+        config.write_text(f'run_dir = "/{number}"\n')
+        monkeypatch.setenv("INCLAVARE_CONFIG", str(config))
+        assert settings.load() == (f"/{number}", "auto")
+        assert settings.load() == (f"/{number}", "auto")
+        assert len(os.listdir(tmp_path / "cache")) <= settings._KEPT
+
+
+def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    if Path("/etc/inclavare/config.toml").exists():
+        pytest.skip("this machine has a configuration")
+    monkeypatch.setenv("INCLAVARE_CONFIG", "")
+    assert settings.load() == ("/run/inclavare", "auto")
