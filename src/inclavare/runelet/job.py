@@ -96,8 +96,7 @@ def remove_traces(job_places: Places, *, everything: bool) -> None:
         _rmdir(place)
     _unlink(job_places.base / CONTROL)
     if everything:
-        for path in (job_places.base / BUNDLE / "config.json", job_places.base / "process.json"):
-            _unlink(path)
+        _unlink(job_places.base / BUNDLE / "config.json")
         _rmdir(job_places.base / BUNDLE)
         for path in sorted(job_places.base.glob("*")) + sorted(job_places.base.glob(".*")):
             _unlink(path)

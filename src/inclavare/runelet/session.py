@@ -66,9 +66,7 @@ class Runelet:
         config = admission.admit(asked, manifest, resolve=lambda path: admission.follow_links(tree, path))
         _check_secrets(manifest)
         kind = runtime(manifest.enclave.runtime)
-        container = Container(
-            job.id, manifest, config, tree, contents, job.places, self._on_violation, self._on_fault
-        )  # fmt: skip
+        container = Container(job.id, manifest, config, tree, contents, job.places, self._on_violation, self._on_fault)
         prepared = kind.prepare(container)
         try:
             self._enclave = self._load(kind, platform, manifest, tree, stored)
@@ -256,7 +254,10 @@ class Runelet:
                     message = self._guard.recv(64)
                     if not message:
                         return "guard died"
-                    self._container = os.pidfd_open(int(message))
+                    try:
+                        self._container = os.pidfd_open(int(message))
+                    except ProcessLookupError:
+                        pass  # it has ended already; the guard says so next
                 elif fd in helpers:
                     self._log.event("shield.encrypted.died", level="error", pid=helpers[fd], action="container killed")
                     return "helper died"
@@ -346,9 +347,8 @@ def main(job: Job, guard: socket.socket, link: socket.socket) -> NoReturn:
         os._exit(1)
     except BaseException as error:
         trace = "".join(traceback.format_exception(error))
-        EventLog(job.node.log_dir / "runelet.log", container=job.id).event(
-            "runelet.fault", level="error", trace=trace
-        )  # fmt: skip
+        log = EventLog(job.node.log_dir / "runelet.log", container=job.id)
+        log.event("runelet.fault", level="error", trace=trace)
         _send_error(
             link,
             InclavareError(
