@@ -284,10 +284,10 @@ def test_required_secret_without_a_broker_stops_the_start(node: Node) -> None:
 
 def test_who_may_not_look_is_told_so(node: Node) -> None:
     node.start(node.build())
-    node.base.chmod(0o755)
-    for parent in node.base.parents:
-        if parent.stat().st_uid == 0 and str(parent).startswith("/tmp/"):
-            parent.chmod(0o755)
+    # The configuration has to be within reach; the temporary directories above it are private until then.
+    closed = {path: path.stat().st_mode for path in (node.base, *node.base.parents) if not path.stat().st_mode & 0o001}
+    for path, mode in closed.items():
+        path.chmod(mode | 0o011)
     program = "import os; os.setgroups([]); os.setgid(65534); os.setuid(65534); from inclavare.cli import main; main()"
     for words in (["list"], ["attest", "c1"]):
         done = subprocess.run(
@@ -295,6 +295,8 @@ def test_who_may_not_look_is_told_so(node: Node) -> None:
         )
         assert done.returncode == 5, done.stdout + done.stderr
         assert "run as root" in done.stderr
+    for path, mode in closed.items():
+        path.chmod(mode)
 
 
 def test_ordinary_mistakes_are_not_called_defects(node: Node) -> None:

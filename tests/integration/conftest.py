@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from daemons import Containerd, Docker, Podman, Workspace
-from runebox import need
+from runebox import RuneBox, need
 
 from inclavare.cli import _engines
 from inclavare.rune import launcher
@@ -17,6 +17,17 @@ from inclavare.rune import launcher
 def rune(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The launcher of this tree's rune, for the interpreter that runs the tests."""
     return launcher.write(tmp_path_factory.mktemp("bin") / "rune")
+
+
+@pytest.fixture
+def box(tmp_path: Path, rune: Path) -> Iterator[RuneBox]:
+    """A node of its own; whatever a test leaves running fails it."""
+    need("crun", "runc", "gocryptfs", "fusermount3", "busybox")
+    made = RuneBox(tmp_path, rune)
+    yield made
+    for path in made.root.glob("*"):
+        made.call("delete", "--force", path.name)
+    assert made.settled() == []
 
 
 def _opened(

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from runebox import RuneBox, need
+from runebox import RuneBox
 
 pytestmark = pytest.mark.crun
-
-
-@pytest.fixture
-def box(tmp_path: Path, rune: Path) -> Iterator[RuneBox]:
-    need("crun", "runc", "gocryptfs", "fusermount3", "busybox")
-    made = RuneBox(tmp_path, rune)
-    yield made
-    for path in made.root.glob("*"):
-        made.call("delete", "--force", path.name)
-    assert made.settled() == []
 
 
 def bind(destination: str, source: Path | str) -> dict[str, Any]:

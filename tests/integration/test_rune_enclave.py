@@ -12,29 +12,17 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from runebox import RuneBox, need, wait_for
+from runebox import RuneBox, wait_for
 
 from inclavare.attestation.evidence import Evidence
 from inclavare.config import load as load_config
 from inclavare.runelet import client
 
 pytestmark = pytest.mark.crun
-
-
-@pytest.fixture
-def box(tmp_path: Path, rune: Path) -> Iterator[RuneBox]:
-    """A node of its own; whatever a test leaves running fails it."""
-    need("crun", "runc", "gocryptfs", "fusermount3", "busybox")
-    made = RuneBox(tmp_path, rune)
-    yield made
-    for path in made.root.glob("*"):
-        made.call("delete", "--force", path.name)
-    assert made.settled() == []
 
 
 def shell(script: str) -> tuple[str, str, str]:
