@@ -1,45 +1,21 @@
-"""The ``inclavare`` command: one file per command in this package, imported only when it is called.
-
-A command ``do-this`` is the module ``do_this``, whose docstring begins with ````inclavare do-this``: what it does``
-and whose attribute ``command`` is the click command. The list in ``--help`` comes from these docstrings.
-"""
+"""The ``inclavare`` command: one file per command in this package (see :mod:`inclavare.cli._group`)."""
 
 from __future__ import annotations
 
 import sys
-from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .. import __version__
+from ._group import Commands
 
 if TYPE_CHECKING:
     from ..errors import InclavareError
 
-_HERE = Path(__file__).parent
 
-
-class Commands(click.Group):
-    """Finds commands by their files, and turns errors into messages and exit codes."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Every module of this package that does not begin with an underscore."""
-        return sorted(path.stem.replace("_", "-") for path in _HERE.glob("[!_]*.py"))
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import a command."""
-        if cmd_name not in self.list_commands(ctx):
-            return None
-        found: click.Command = import_module(f".{cmd_name.replace('-', '_')}", __package__).command
-        return found
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The list of commands, without importing any."""
-        rows = [(name, summary(name)) for name in self.list_commands(ctx)]
-        with formatter.section("Commands"):
-            formatter.write_dl(rows)
+class _Main(Commands):
+    """Turns errors into messages and exit codes."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; refusals end with their own exit code (``inclavare --help`` lists them)."""
@@ -88,15 +64,9 @@ def _from_system(error: OSError) -> InclavareError:
     return UsageError(what, id="cli.system.file", found=error.strerror, remedy="correct the path")
 
 
-def summary(name: str) -> str:
-    """What a command does, from the first line of its file."""
-    with (_HERE / f"{name.replace('-', '_')}.py").open(encoding="utf-8") as handle:
-        text = handle.readline().strip().strip('"').partition(": ")[2].rstrip(".")
-    return text[:1].upper() + text[1:]
-
-
 @click.group(
-    cls=Commands,
+    cls=_Main,
+    package=__name__,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Exit codes: 1 error, 2 usage, 3 refused by a verifier's policy, 4 bad evidence, 5 something is missing on "
     "this machine, 6 resource used up, 7 integrity, 8 not allowed by the manifest.",

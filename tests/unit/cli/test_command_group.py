@@ -12,7 +12,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from inclavare.cli import Commands, _output, main, summary
+from inclavare.cli import _Main, _output, main
 from inclavare.errors import InclavareError, IntegrityError, PlatformError
 
 NAMES = main.list_commands(click.Context(main))  # type: ignore[attr-defined]
@@ -24,7 +24,7 @@ def test_every_file_is_a_command() -> None:
         command = main.get_command(click.Context(main), name)  # type: ignore[attr-defined]
         assert command is not None and command.name == name
         assert command.help
-        assert summary(name), f"{name}: the file's first line must say what it does"
+        assert main.summary(name), f"{name}: the file's first line must say what it does"
 
 
 def test_help_lists_commands_without_importing_them() -> None:
@@ -44,7 +44,7 @@ def test_help_lists_commands_without_importing_them() -> None:
 
 
 def _with(error: Exception) -> click.Group:
-    @click.group(cls=Commands)
+    @click.group(cls=_Main, package="inclavare.cli")
     @click.option("--debug", is_flag=True)
     def group(debug: bool) -> None:
         pass

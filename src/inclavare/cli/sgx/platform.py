@@ -1,4 +1,4 @@
-"""``inclavare sgx``: the SGX platforms of this machine."""
+"""``inclavare sgx platform``: the simulated platform: its identity, its certificates."""
 
 from __future__ import annotations
 
@@ -6,22 +6,17 @@ import base64
 
 import click
 
-from ._output import json_option, print_fields, print_json
+from .._output import json_option, print_fields, print_json
 
 _names = click.Choice(["sgx", "sgx-sim"])
 
 
-@click.group("sgx")
+@click.group("platform")
 def command() -> None:
-    """The SGX platforms of this machine."""
-
-
-@command.group("platform")
-def platform() -> None:
     """The simulated platform's identity and certificates."""
 
 
-@platform.command("show")
+@command.command("show")
 @click.option("--tee", type=_names, default="sgx-sim", show_default=True)
 @click.option("--root-ca", is_flag=True, help="Print the root CA certificate (PEM), a relying party's trust anchor.")
 @click.option("--collateral", is_flag=True, help="Print the collateral for quotes of this platform (JSON).")
@@ -30,8 +25,8 @@ def show(*, tee: str, root_ca: bool, collateral: bool, as_json: bool) -> None:
     """Show a platform; its keys are made at first use."""
     from hashlib import sha256
 
-    from ..config import load
-    from ..tee.base import usable_platform
+    from ...config import load
+    from ...tee.base import usable_platform
 
     config = load()
     found = usable_platform(tee, config)
