@@ -33,7 +33,7 @@ def test_help_lists_commands_without_importing_them() -> None:
         "from inclavare.cli import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "print([name for name in sys.modules if name.startswith(('inclavare.', 'cryptography', 'rich', 'dcap'))], file=sys.stderr)"
+        "print(sorted(name for name in sys.modules if name.startswith(('inclavare.', 'cryptography', 'rich', 'dcap'))), file=sys.stderr)"
     )
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
