@@ -8,7 +8,7 @@ comma := ,
 empty :=
 space := $(empty) $(empty)
 
-.PHONY: help setup demo test unit lint bench conformance lock clean
+.PHONY: help setup demo test unit lint bench conformance fuzz lock clean
 
 help: ## this text
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,10 +41,13 @@ bench: setup ## ratios against runc and crun, side by side (ARGS=--json)
 conformance: setup ## suites that others wrote, given by path (ARGS=--help)
 	@$(BIN)/python tests/conformance/run.py $(ARGS)
 
+fuzz: setup ## coverage-guided fuzzing of every parser (ARGS="--seconds 300 --only quote")
+	@$(BIN)/python tests/fuzz/run.py $(ARGS)
+
 lock: ## make the lock files anew (needs uv)
 	scripts/lock
 
 clean: ## remove .venv and everything generated
-	rm -rf .venv .coverage .coverage.* htmlcov build dist .cache
+	rm -rf .venv .fuzz .coverage .coverage.* htmlcov build dist .cache
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

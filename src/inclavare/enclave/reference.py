@@ -42,6 +42,8 @@ class Reference:
         Raises:
             UsageError: it names no image.
         """
+        if "\0" in text:
+            raise _not_image(repr(text), "a NUL character", _FORMS)
         transport, colon, rest = text.partition(":")
         if colon and transport in TRANSPORTS:
             if transport == "docker" and not rest.startswith("//"):
