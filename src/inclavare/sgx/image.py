@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PAGE_SIZE = 4096
+from .paging import PAGE_SIZE, PT_REG, PT_SECS, PT_TCS, SECINFO_R, SECINFO_W, SECINFO_X
 
-#: SECINFO.FLAGS (SDM vol. 3D, 38.11): permissions in bits 0–2, page type in bits 8–15.
-SECINFO_R = 1 << 0
-SECINFO_W = 1 << 1
-SECINFO_X = 1 << 2
-PT_SECS = 0 << 8
-PT_TCS = 1 << 8
-PT_REG = 2 << 8
+__all__ = [
+    "PAGE_SIZE",
+    "PT_REG",
+    "PT_SECS",
+    "PT_TCS",
+    "SECINFO_R",
+    "SECINFO_W",
+    "SECINFO_X",
+    "EnclaveImage",
+    "PageRun",
+]
 
 
 @dataclass(frozen=True, slots=True)
