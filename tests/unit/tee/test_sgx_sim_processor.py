@@ -10,13 +10,13 @@ import pytest
 from small_enclaves import ALL_BUT_DEBUG, Signers, resigned, sign_image, small_image
 
 from inclavare.config import Config
-from inclavare.errors import EvidenceError, IntegrityError, PlatformError, PolicyError, UsageError
+from inclavare.errors import EvidenceError, IntegrityError, PlatformError, PolicyError, ResourceError, UsageError
 from inclavare.sgx.image import PAGE_SIZE, PT_REG, PT_TCS, SECINFO_R, SECINFO_W, EnclaveImage, PageRun
-from inclavare.sgx.keys import KEY_PROVISION
+from inclavare.sgx.keys import KEY_PROVISION, RootKeys
 from inclavare.sgx.measure import measure
 from inclavare.sgx.sigstruct import mrsigner
 from inclavare.sgx.structs import ATTRIBUTE_PROVISIONKEY, KeyRequest, ReportBody, Sigstruct, TargetInfo
-from inclavare.tee.sgx_sim import SimulatedEnclave, SimulatedPlatform, create, usage
+from inclavare.tee.sgx_sim import SimulatedEnclave, SimulatedPlatform, cpu, create, usage
 
 RW = PT_REG | SECINFO_R | SECINFO_W
 Load = Callable[..., SimulatedEnclave]
@@ -187,40 +187,68 @@ def test_pages_are_readable_inside_and_ciphertext_outside(load: Load) -> None:
     assert enclave.read(2, 4) == b"very"
     assert enclave.read(PAGE_SIZE - 4, 4) == bytes(4)
     assert enclave.read(3 * PAGE_SIZE - 8, 16) == bytes(16)
-    for sealed in enclave._secs.contents.values():
-        assert b"recognisable" not in sealed.ciphertext
+    assert enclave._secs.frames
+    for frame in enclave._secs.frames.values():
+        assert b"recognisable" not in enclave._processor.memory.store.pages[frame]
     with pytest.raises(IntegrityError):
         enclave.read(PAGE_SIZE, 1)
     with pytest.raises(IntegrityError):
         enclave.read(7 * PAGE_SIZE - 1, 2)
 
 
-def test_changed_or_moved_memory_is_noticed(load: Load) -> None:
-    enclave = load(b"x")
-    contents = enclave._secs.contents
-    page = contents[0]
-    contents[0] = replace(page, ciphertext=bytes([page.ciphertext[0] ^ 1]) + page.ciphertext[1:])
-    with pytest.raises(IntegrityError) as caught:
-        enclave.read(0, 1)
-    assert caught.value.id == "tee.memory.integrity"
-    contents[0] = page
-    assert enclave.read(0, 1) == b"x"
-    contents[2 * PAGE_SIZE] = page
-    with pytest.raises(IntegrityError):
-        enclave.read(2 * PAGE_SIZE, 1)
+@pytest.mark.parametrize("attack", ["changed", "moved"])
+def test_changed_or_moved_memory_is_noticed(config: Config, signers: Signers, attack: str) -> None:
+    image = small_image(b"x")
+    enclave = create(config).load(image, sign_image(image, signers.ours).to_bytes(), label="x")
+    code, tcs = (enclave._secs.frames[offset] for offset in (0, PAGE_SIZE))
+    store = enclave._processor.memory.store
+    if attack == "changed":
+        store.pages[code] = bytes([store.pages[code][0] ^ 1]) + store.pages[code][1:]
+    else:
+        store.pages[code], store.tags[code] = store.pages[tcs], store.tags[tcs]
+    for expected in ("tee.memory.integrity", "tee.memory.locked"):
+        with pytest.raises(IntegrityError) as caught:
+            enclave.read(0, 1)
+        assert caught.value.id == expected
+    enclave.destroy()
 
 
 def test_memory_keys_are_the_sessions_own(platform: SimulatedPlatform, signers: Signers) -> None:
     image = small_image(b"same page")
     signature = sign_image(image, signers.ours).to_bytes()
     enclaves = [create(platform._config).load(image, signature, label="s") for _ in range(2)]
-    first, second = (enclave._secs.contents[0] for enclave in enclaves)
-    assert first.ciphertext != second.ciphertext
-    enclaves[1]._secs.contents[0] = first
+    stores = [enclave._processor.memory.store for enclave in enclaves]
+    frames = [enclave._secs.frames[0] for enclave in enclaves]
+    assert frames[0] == frames[1] and stores[0].pages[frames[0]] != stores[1].pages[frames[1]]
+    enclaves[1]._processor.memory.store = stores[0]
     with pytest.raises(IntegrityError):
         enclaves[1].read(0, 1)
     # What is derived from the fuses is the same in both sessions.
     assert enclaves[0].seal_key("mrenclave") == enclaves[1].seal_key("mrenclave")
+
+
+def test_destroyed_enclaves_leave_no_memory(config: Config, signers: Signers) -> None:
+    platform = create(config)
+    image = small_image(b"x")
+    signature = sign_image(image, signers.ours).to_bytes()
+    used = set()
+    for _ in range(3):
+        enclave = platform.load(image, signature, label="x")
+        used.update(enclave._secs.frames.values())
+        enclave.destroy()
+        assert not enclave._processor.memory.store.pages
+    assert len(used) == 2
+
+
+def test_a_full_epc_is_refused(signers: Signers) -> None:
+    processor = cpu.Processor(RootKeys(*[bytes(16)] * 4), epc_pages=3)
+    image = small_image(b"x")
+    signature = sign_image(image, signers.ours).to_bytes()
+    processor.load(image, signature)
+    with pytest.raises(ResourceError) as caught:
+        processor.load(image, signature)
+    assert caught.value.id == "tee.epc.full"
+    assert len(processor.memory.store.pages) == 2
 
 
 def test_destroyed_enclave_answers_nothing(load: Load) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ...config import Config
 from ...errors import UsageError
 from ...sgx import report
-from ...sgx.image import EnclaveImage
+from ...sgx.image import PAGE_SIZE, EnclaveImage
 from ...sgx.keys import KEY_SEAL, POLICY_MRENCLAVE, POLICY_MRSIGNER
 from ...sgx.structs import ATTRIBUTE_DEBUG, ATTRIBUTE_INIT, Attributes, KeyRequest, Report, ReportBody, TargetInfo
 from ..base import Availability
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 #: KEYREQUEST.ATTRIBUTEMASK of seal keys: INIT, DEBUG and the reserved high bits, as in the Intel SDK's default.
 _SEAL_ATTRIBUTE_MASK = Attributes(ATTRIBUTE_INIT | ATTRIBUTE_DEBUG | 0xFF << 56, 0).to_bytes()
+#: EPC pages beyond the configured size, for the platform's own enclaves.
+_OWN_PAGES = 256
 _SEAL_POLICIES = {"mrenclave": POLICY_MRENCLAVE, "mrsigner": POLICY_MRSIGNER}
 
 
@@ -197,7 +199,9 @@ class SimulatedPlatform:
 
     def _session(self) -> cpu.Processor:
         if self._processor is None:
-            self._processor = cpu.Processor(fuses.load(self._config.platform_dir))
+            # The platform's own enclaves are not in the ledger, and hold a few pages.
+            pages = self._config.epc_size // PAGE_SIZE + _OWN_PAGES
+            self._processor = cpu.Processor(fuses.load(self._config.platform_dir), epc_pages=pages)
         return self._processor
 
 

@@ -1,7 +1,7 @@
 """The simulated processor: ECREATE, EADD, EEXTEND, EINIT, EREPORT, EGETKEY and EREMOVE on SECS and EPCM.
 
 Each instruction performs the checks that the SDM (vol. 3D, chapter 40) lists for it. Pages are kept as runs, so that an
-EPCM for a large heap of zero pages stays small; contents are encrypted as soon as they are added.
+EPCM for a large heap of zero pages stays small; contents go into the memory encryption engine as they are added.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 from enum import Enum
 
-from ...errors import IntegrityError, PlatformError
+from ...errors import IntegrityError, PlatformError, ResourceError
 from ...sgx import keys, report, sigstruct
 from ...sgx.image import PAGE_SIZE, PT_REG, PT_TCS, SECINFO_R, SECINFO_W, SECINFO_X, EnclaveImage, PageRun
 from ...sgx.measure import Measurement
@@ -30,13 +30,15 @@ from ...sgx.structs import (
     TargetInfo,
     Tcs,
 )
-from .memory import ZERO_PAGE, MemoryEncryption, SealedPage
+from .memory import ZERO_PAGE, MemoryEncryption
 
 #: XFRM bits that this processor has: x87, SSE, AVX, AVX-512, PKRU, AMX.
 _XFRM_KNOWN = 0x602E7
 #: MISCSELECT bits that it has: EXINFO, CPINFO.
 _MISC_KNOWN = 0x3
 _VENDOR_INTEL = 0x8086
+#: 32 GB.
+EPC_PAGES = 8 << 20
 
 
 class State(Enum):
@@ -59,7 +61,8 @@ class Secs:
     state: State = State.BUILDING
     identity: keys.Identity | None = None
     runs: list[PageRun] = field(default_factory=list)
-    contents: dict[int, SealedPage] = field(default_factory=dict)
+    #: EPC page number by offset, of the pages that hold something else than zeros.
+    frames: dict[int, int] = field(default_factory=dict)
 
     @property
     def epc_pages(self) -> int:
@@ -68,15 +71,18 @@ class Secs:
 
 
 class Processor:
-    """One session of the simulated processor, with its own memory-encryption key.
+    """One session of the simulated processor, with its own memory encryption engine.
 
     Args:
         roots: the platform's fuse keys and CPUSVN.
+        epc_pages: pages of 4096 bytes that the engine can hold.
     """
 
-    def __init__(self, roots: keys.RootKeys) -> None:
+    def __init__(self, roots: keys.RootKeys, *, epc_pages: int = EPC_PAGES) -> None:
         self._roots = roots
-        self._memory = MemoryEncryption()
+        self.memory = MemoryEncryption(epc_pages)
+        self._unused = iter(range(epc_pages))
+        self._free: list[int] = []
         self._report_key_id = os.urandom(32)
 
     def load(self, image: EnclaveImage, signature: bytes, *, architectural: bool = False) -> Secs:
@@ -84,9 +90,13 @@ class Processor:
         secs = self.ecreate(
             image.size, image.ssa_frame_size, Attributes(image.attributes, image.xfrm), image.miscselect
         )
-        for run in image.runs:
-            self.eadd(secs, run)
-        self.einit(secs, signature, architectural=architectural)
+        try:
+            for run in image.runs:
+                self.eadd(secs, run)
+            self.einit(secs, signature, architectural=architectural)
+        except BaseException:
+            self.eremove(secs)
+            raise
         return secs
 
     def ecreate(self, size: int, ssa_frame_size: int, attributes: Attributes, miscselect: int) -> Secs:
@@ -140,7 +150,8 @@ class Processor:
             for start in range(0, len(view), PAGE_SIZE):
                 page = view[start : start + PAGE_SIZE]
                 if page != ZERO_PAGE:
-                    secs.contents[run.offset + start] = self._memory.encrypt(run.offset + start, page)
+                    frame = secs.frames[run.offset + start] = self._frame()
+                    self.memory.write(frame, page)
         # The contents live on as ciphertext only: the record of the run holds none.
         secs.runs.insert(at, PageRun(run.offset, run.flags, run.count, None, run.measured))
 
@@ -235,8 +246,8 @@ class Processor:
             page = at - at % PAGE_SIZE
             if not any(run.offset <= page < run.end and run.flags & SECINFO_R for run in secs.runs):
                 raise _refused("epcm.access", "no readable page", f"{at:#x}")
-            sealed = secs.contents.get(page)
-            plain = ZERO_PAGE if sealed is None else self._memory.decrypt(page, sealed)
+            frame = secs.frames.get(page)
+            plain = ZERO_PAGE if frame is None else self.memory.read(frame)
             out += plain[at - page : at - page + length - len(out)]
         return bytes(out)
 
@@ -245,7 +256,25 @@ class Processor:
         secs.state = State.REMOVED
         secs.identity = None
         secs.runs.clear()
-        secs.contents.clear()
+        frames, secs.frames = secs.frames, {}
+        for frame in frames.values():
+            # A locked engine forgets nothing, and reads nothing either.
+            if not self.memory.locked:
+                self.memory.discard(frame)
+        self._free += frames.values()
+
+    def _frame(self) -> int:
+        """The number of a free EPC page."""
+        if self._free:
+            return self._free.pop()
+        for frame in self._unused:
+            return frame
+        raise ResourceError(
+            "the enclave page cache (EPC) is full",
+            id="tee.epc.full",
+            found=f"all of {self.memory.pages} pages used",
+            remedy="stop an enclave",
+        )
 
     @property
     def cpusvn(self) -> bytes:
