@@ -23,6 +23,54 @@ class Availability:
     remedy: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Counter:
+    """A monotonic counter's state.
+
+    Attributes:
+        id: 16 random bytes, drawn when it was made: one that is destroyed and made again is another.
+        value: the highest number that :meth:`Counters.increment` has given out.
+        confirmed: the highest number that :meth:`Counters.confirm` was told; never above ``value``.
+    """
+
+    id: bytes
+    value: int = 0
+    confirmed: int = 0
+
+
+class Counters(Protocol):
+    """Monotonic counters of one enclave; every change is durable before a method returns.
+
+    A counter is found by its owner and its name. ``owner`` is ``mrenclave`` (this very enclave) or ``mrsigner`` (every
+    enclave of its signer with its product id), as for seal keys: whoever may derive the key may use the counter. A name
+    is 1 to 64 letters, digits, dots, dashes and underscores.
+
+    Raises:
+        UsageError: ``tee.counter.name`` or ``.owner``, malformed; ``.unknown``, there is none; ``.exists``.
+        ResourceError: ``tee.counter.many``, or the state cannot be written.
+    """
+
+    def create(self, owner: str, name: str) -> Counter:
+        """A new counter at 0."""
+
+    def read(self, owner: str, name: str) -> Counter:
+        """Its state."""
+
+    def increment(self, owner: str, name: str) -> Counter:
+        """Give out the next number, once."""
+
+    def confirm(self, owner: str, name: str, id: bytes, value: int) -> Counter:
+        """What bears this number is stored: ``confirmed`` becomes at least ``value``.
+
+        Raises:
+            UsageError: ``tee.counter.stale``: ``id`` is of a counter that was destroyed; ``tee.counter.ahead``:
+                ``value`` was never given out.
+        """
+
+    def destroy(self, owner: str, name: str) -> None:
+        """Remove it; its id never comes back."""
+
+
 class Enclave(Protocol):
     """An initialised enclave (EINIT succeeded). Its EPC pages are held until :meth:`destroy`."""
 
@@ -48,8 +96,20 @@ class Enclave(Protocol):
     def report(self, target_info: bytes, report_data: bytes) -> bytes:
         """EREPORT: 512 and 64 bytes in, 432 bytes out."""
 
+    def egetkey(self, request: bytes) -> bytes:
+        """EGETKEY: a 512-byte KEYREQUEST in, a 16-byte key out.
+
+        Raises:
+            PolicyError: ``sgx.egetkey.*``: the processor refuses the request.
+            IntegrityError: it is not a KEYREQUEST (a reserved byte is not zero), for which EGETKEY faults.
+        """
+
     def seal_key(self, policy: str) -> bytes:
         """EGETKEY for the seal key, 16 bytes; ``policy`` is ``mrenclave`` or ``mrsigner``."""
+
+    @property
+    def counters(self) -> Counters | None:
+        """Its monotonic counters; ``None`` where the platform offers none, as SGX hardware under Linux does not."""
 
     def destroy(self) -> None:
         """EREMOVE every page and give the EPC back. Idempotent."""
