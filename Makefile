@@ -8,7 +8,7 @@ comma := ,
 empty :=
 space := $(empty) $(empty)
 
-.PHONY: help setup demo test unit lint bench conformance fuzz lock clean
+.PHONY: help setup demo test unit lint bench conformance fuzz mutate lock clean
 
 help: ## this text
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,8 @@ lint: setup ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src bench
 	$(BIN)/mypy tests/conformance/run.py
+	$(BIN)/mypy tests/fuzz/run.py
+	$(BIN)/mypy tests/mutation/run.py
 	$(BIN)/lint-imports
 
 bench: setup ## ratios against runc and crun, side by side (ARGS=--json)
@@ -43,6 +45,9 @@ conformance: setup ## suites that others wrote, given by path (ARGS=--help)
 
 fuzz: setup ## coverage-guided fuzzing of every parser (ARGS="--seconds 300 --only quote")
 	@$(BIN)/python tests/fuzz/run.py $(ARGS)
+
+mutate: setup ## change each rule; which change do the tests miss? (ARGS="--only keys")
+	@$(BIN)/python tests/mutation/run.py $(ARGS)
 
 lock: ## make the lock files anew (needs uv)
 	scripts/lock
