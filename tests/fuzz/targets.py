@@ -57,6 +57,10 @@ def _text(parse: Callable[[str], Any]) -> Callable[[bytes], Any]:
     return lambda data: parse(data.decode("utf-8", "surrogateescape"))
 
 
+def _one(seed: bytes) -> Callable[[], list[bytes]]:
+    return lambda: [seed]
+
+
 def _structures() -> dict[str, Target]:
     """Every declared structure."""
     from inclavare.sgx.structs import Structure
@@ -72,9 +76,7 @@ def _structures() -> dict[str, Target]:
         seed = bytearray(layout.size)
         for name, value in layout.constants.items():
             seed[layout.offsets[name] : layout.offsets[name] + len(value)] = value
-        found[f"structure-{kind.__name__.lower()}"] = Target(
-            kind.from_bytes, kind.to_bytes, made=lambda data=bytes(seed): [data]
-        )
+        found[f"structure-{kind.__name__.lower()}"] = Target(kind.from_bytes, kind.to_bytes, made=_one(bytes(seed)))
     return found
 
 
