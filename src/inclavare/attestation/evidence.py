@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from ..errors import EvidenceError
+from ..sgx import der
 from ..sgx.quote import CERT_PCK_CHAIN, Quote
-from . import der
 
 VERSION = 1
 #: Real collateral has some 15 KB, a chain some 4 KB.

@@ -18,9 +18,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inclavare.attestation import Evidence, der, verify
+from inclavare.attestation import Evidence, verify
 from inclavare.attestation.evidence import OID_DICE_EVIDENCE, OIDS_LEGACY
 from inclavare.errors import EvidenceError
+from inclavare.sgx import der
 
 QUOTE = base64.b64encode(b"quote").decode()
 
@@ -212,34 +213,3 @@ def test_truncated_certificates(vectors: Path) -> None:
     raw = certificate_der(vectors, "ccc_rats-tls-cert.pem")
     for size in range(0, len(raw), 61):
         assert refused(Evidence.from_certificate, raw[:size]).startswith("evidence.")
-
-
-# DER
-
-
-@given(st.binary(max_size=64))
-def test_der_reads_or_refuses(data: bytes) -> None:
-    try:
-        assert b"".join(element.raw for element in der.elements(data)) == data
-    except ValueError:
-        pass
-
-
-@pytest.mark.parametrize("data", ["30", "3080", "308101", "30820001", "300201", "1f0100", "3085000000000100"])
-def test_der_is_strict(data: str) -> None:
-    with pytest.raises(ValueError, match="not DER"):
-        list(der.elements(bytes.fromhex(data)))
-
-
-@pytest.mark.parametrize(
-    ("value", "dotted"),
-    [("2a864886f84d010d01", "1.2.840.113741.1.13.1"), ("678105050409", "2.23.133.5.4.9"), ("00", "0.0")],
-)
-def test_object_identifiers(value: str, dotted: str) -> None:
-    assert der.object_identifier(bytes.fromhex(value)) == dotted
-
-
-@pytest.mark.parametrize("value", ["", "80", "2a86"])
-def test_broken_object_identifiers(value: str) -> None:
-    with pytest.raises(ValueError, match="identifier"):
-        der.object_identifier(bytes.fromhex(value))

@@ -20,6 +20,7 @@ from inclavare.attestation import Evidence, Policy, verify
 from inclavare.attestation.verifiers.sgx import INTEL_ROOT_CA
 from inclavare.config import Config
 from inclavare.errors import AppraisalError, EvidenceError, UsageError
+from inclavare.sgx import der
 from inclavare.sgx.quote import Quote
 from inclavare.sgx.structs import ReportBody
 from inclavare.tee.sgx_sim import create, provisioning
@@ -363,8 +364,9 @@ def test_pck_certificate_must_say_what_it_certifies(attested: Attested) -> None:
     whole = provisioning._sgx_extension(bytes(16), attested.platform._session().cpusvn)
     good = recertified(attested, name, whole)
     assert verify(good, attested.policy, now=attested.now).accepted
-    short = provisioning._sgx_extension(bytes(16), attested.platform._session().cpusvn[:15])
-    for extension in (None, b"", b"\x30\x00", whole[:-1], short):
+    fields = der.only(whole, der.SEQUENCE).children()
+    without_fmspc = der.encode(der.SEQUENCE, b"".join(field.raw for field in (*fields[:3], *fields[4:])))
+    for extension in (None, b"", b"\x30\x00", whole[:-1], without_fmspc):
         evidence = recertified(attested, name, extension)
         assert cause(evidence, attested.policy, attested.now) == "evidence.certificate.malformed"
     other = recertified(attested, "SIMULATED SGX TCB Signing", whole)

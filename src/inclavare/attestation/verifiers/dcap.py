@@ -23,13 +23,12 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from ...errors import EvidenceError
+from ...sgx.pck import PckExtension
 from ...sgx.quote import CERT_PCK_CHAIN, QE_VENDOR_INTEL, Quote
-from ...sgx.structs import Attributes, ReportBody
-from .. import der
+from ...sgx.structs import Attributes, ReportBody, StructureError
 from ..claims import Claims
 from ..evidence import check_collateral
 
-_SGX_EXTENSION = "1.2.840.113741.1.13.1"
 _PEM_BLOCK = re.compile(rb"-----BEGIN CERTIFICATE-----\n([A-Za-z0-9+/=\n]+?)\n-----END CERTIFICATE-----\n?")
 
 # Last words of the subjects' common names; before them stands INTEL's or the simulated platform's name.
@@ -444,35 +443,12 @@ def _qe_level(qe_identity: dict[str, Any], qe: ReportBody) -> _Level:
 def _pck_extension(leaf: x509.Certificate) -> _Pck:
     """Refuses with ``evidence.certificate.malformed``."""
     try:
-        extension = leaf.extensions.get_extension_for_oid(x509.ObjectIdentifier(_SGX_EXTENSION)).value
-        if not isinstance(extension, x509.UnrecognizedExtension):
-            raise ValueError("not the SGX extension")
-        fields = _sgx_fields(extension.value)
-        pck = _Pck(
-            cpusvn=fields["2.18"].value,
-            pce_svn=int.from_bytes(fields["2.17"].value, "big"),
-            pce_id=fields["3"].value,
-            fmspc=fields["4"].value,
-        )
-    except (x509.ExtensionNotFound, ValueError, KeyError) as error:
-        raise _refused("certificate.malformed", "the PCK certificate has no usable SGX extension", str(error)) from None
-    if (len(pck.cpusvn), len(pck.pce_id), len(pck.fmspc)) != (16, 2, 6):
-        raise _refused("certificate.malformed", "the PCK certificate's SGX extension has wrong lengths", None)
-    return pck
-
-
-def _sgx_fields(data: bytes) -> dict[str, der.Element]:
-    """The extension's fields by the part of their identifier after the extension's own."""
-    fields: dict[str, der.Element] = {}
-    for entry in der.only(data, der.SEQUENCE).children():
-        name, value = entry.children()
-        suffix = der.object_identifier(name.value).removeprefix(_SGX_EXTENSION + ".")
-        fields[suffix] = value
-        if suffix == "2":
-            for component in value.children():
-                inner, number = component.children()
-                fields[der.object_identifier(inner.value).removeprefix(_SGX_EXTENSION + ".")] = number
-    return fields
+        found = PckExtension.from_certificate(leaf.public_bytes(Encoding.DER))
+    except StructureError as error:
+        raise _refused(
+            "certificate.malformed", "the PCK certificate has no usable SGX extension", error.found
+        ) from None
+    return _Pck(found.cpusvn, found.pce_svn, found.pce_id, found.fmspc)
 
 
 def _second_opinion(raw: bytes, parts: dict[str, str], root: bytes, now: int, status: str) -> None:

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.x509.oid import NameOID
 
 from ...errors import PlatformError
+from ...sgx.pck import OID_SGX_EXTENSION, SGX_TYPE_STANDARD, PckExtension
 from ...sgx.structs import Attributes
 from . import architectural, files
 from .cpu import Processor
@@ -47,8 +48,6 @@ _OLD_TCB_DATE = "2024-01-01T00:00:00Z"
 _NOT_BEFORE = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
 _NOT_AFTER = datetime.datetime(2049, 12, 31, 23, 59, 59, tzinfo=datetime.UTC)
 _CRL_URL = "https://sgx-sim.invalid/"
-
-_SGX_EXTENSION = "1.2.840.113741.1.13.1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +310,7 @@ def _certificate(
     )
     if sgx_extension is not None:
         builder = builder.add_extension(
-            x509.UnrecognizedExtension(x509.ObjectIdentifier(_SGX_EXTENSION), sgx_extension), critical=False
+            x509.UnrecognizedExtension(x509.ObjectIdentifier(OID_SGX_EXTENSION), sgx_extension), critical=False
         )
     return builder.sign(issuer_key, SHA256())
 
@@ -333,48 +332,20 @@ def _crl(issuer: Authority, issued: int) -> bytes:
 
 
 def _sgx_extension(ppid: bytes, cpusvn: bytes) -> bytes:
-    """The SGX extension of a PCK certificate, all seven parts (PCK profile, table 4-3), DER."""
-
-    def entry(suffix: str, value: bytes) -> bytes:
-        return _der(0x30, _oid(f"{_SGX_EXTENSION}.{suffix}") + value)
-
-    components = b"".join(entry(f"2.{index + 1}", _integer(svn)) for index, svn in enumerate(cpusvn))
-    tcb = components + entry("2.17", _integer(architectural.PCE.isv_svn)) + entry("2.18", _der(0x04, cpusvn))
-    no = _der(0x01, b"\x00")
-    configuration = entry("7.1", no) + entry("7.2", no) + entry("7.3", no)
-    return _der(
-        0x30,
-        entry("1", _der(0x04, ppid))
-        + entry("2", _der(0x30, tcb))
-        + entry("3", _der(0x04, PCE_ID))
-        + entry("4", _der(0x04, FMSPC))
-        + entry("5", _der(0x0A, b"\x00"))
-        + entry("6", _der(0x04, ppid))
-        + entry("7", _der(0x30, configuration)),
-    )
-
-
-def _der(tag: int, content: bytes) -> bytes:
-    size = len(content)
-    length = bytes([size]) if size < 0x80 else bytes([0x82]) + size.to_bytes(2, "big")
-    if 0x80 <= size <= 0xFF:
-        length = bytes([0x81, size])
-    return bytes([tag]) + length + content
-
-
-def _integer(value: int) -> bytes:
-    return _der(0x02, value.to_bytes(value.bit_length() // 8 + 1, "big"))
-
-
-def _oid(dotted: str) -> bytes:
-    first, second, *rest = (int(part) for part in dotted.split("."))
-    out = bytearray([first * 40 + second])
-    for part in rest:
-        groups = [part & 0x7F]
-        while part := part >> 7:
-            groups.append(part & 0x7F | 0x80)
-        out += bytes(reversed(groups))
-    return _der(0x06, bytes(out))
+    """The SGX extension of a PCK certificate, all seven parts, DER."""
+    return PckExtension(
+        ppid=ppid,
+        tcb_components=tuple(cpusvn),
+        pce_svn=architectural.PCE.isv_svn,
+        cpusvn=cpusvn,
+        pce_id=PCE_ID,
+        fmspc=FMSPC,
+        sgx_type=SGX_TYPE_STANDARD,
+        platform_instance_id=ppid,
+        dynamic_platform=False,
+        cached_keys=False,
+        smt_enabled=False,
+    ).to_bytes()
 
 
 def _serialise(provisioning: Provisioning) -> bytes:

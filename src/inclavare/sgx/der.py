@@ -1,4 +1,4 @@
-"""Just enough DER (ITU-T X.690) to look into certificates that stricter parsers refuse.
+"""Just enough DER (ITU-T X.690) to write the SGX extension, and to look into certificates that stricter parsers refuse.
 
 RA-TLS certificates in the field have algorithm parameters that RFC 5758 forbids and dates before 1950. Nothing here
 judges a certificate: it finds the public key and the extensions; whoever uses them checks the signatures that matter.
@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-SEQUENCE = 0x30
-INTEGER = 0x02
 BOOLEAN = 0x01
+INTEGER = 0x02
 OCTET_STRING = 0x04
 OBJECT_IDENTIFIER = 0x06
+ENUMERATED = 0x0A
+SEQUENCE = 0x30
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +73,38 @@ def only(data: bytes, tag: int) -> Element:
     return found[0]
 
 
+def encode(tag: int, value: bytes) -> bytes:
+    """An element with these contents."""
+    size = len(value)
+    if size < 0x80:
+        return bytes((tag, size)) + value
+    length = size.to_bytes((size.bit_length() + 7) // 8, "big")
+    return bytes((tag, 0x80 | len(length))) + length + value
+
+
+def encode_integer(value: int, tag: int = INTEGER) -> bytes:
+    """A non-negative INTEGER (or ENUMERATED)."""
+    return encode(tag, value.to_bytes(value.bit_length() // 8 + 1, "big"))
+
+
+def encode_object_identifier(dotted: str) -> bytes:
+    """An OBJECT IDENTIFIER."""
+    first, second, *rest = (int(part) for part in dotted.split("."))
+    out = bytearray()
+    for number in (first * 40 + second, *rest):
+        groups = [number & 0x7F]
+        while number := number >> 7:
+            groups.append(number & 0x7F | 0x80)
+        out += bytes(reversed(groups))
+    return encode(OBJECT_IDENTIFIER, bytes(out))
+
+
 def object_identifier(value: bytes) -> str:
-    """Dotted form of an OBJECT IDENTIFIER's contents, whatever its arcs are."""
+    """Dotted form of an OBJECT IDENTIFIER's contents, whatever its arcs are.
+
+    Raises:
+        ValueError: empty, or the last arc has no end.
+    """
     parts: list[int] = []
     number = 0
     for byte in value:
@@ -94,9 +125,11 @@ def certificate_parts(data: bytes) -> tuple[bytes, dict[str, bytes]]:
         ValueError: not an X.509 v3 certificate, or an extension twice.
     """
     certificate = only(data, SEQUENCE).children()
+    if len(certificate) != 3:
+        raise ValueError("not an X.509 certificate")
     body = [entry for entry in certificate[0].children() if entry.tag != 0xA0]
     # serial, signature algorithm, issuer, validity, subject, subjectPublicKeyInfo, then [1], [2], [3]
-    if len(certificate) != 3 or len(body) < 6 or body[5].tag != SEQUENCE:
+    if len(body) < 6 or body[5].tag != SEQUENCE:
         raise ValueError("not an X.509 certificate")
     extensions: dict[str, bytes] = {}
     for wrapper in body[6:]:
