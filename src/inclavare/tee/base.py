@@ -42,8 +42,8 @@ class Counters(Protocol):
     """Monotonic counters of one enclave; every change is durable before a method returns.
 
     A counter is found by its owner and its name. ``owner`` is ``mrenclave`` (this very enclave) or ``mrsigner`` (every
-    enclave of its signer with its product id), as for seal keys: whoever may derive the key may use the counter. A name
-    is 1 to 64 letters, digits, dots, dashes and underscores.
+    enclave of its signer), each with this product id and DEBUG attribute, as for seal keys: whoever may derive the key,
+    of whatever security version, may use the counter. A name is 1 to 64 letters, digits, dots, dashes and underscores.
 
     Raises:
         UsageError: ``tee.counter.name`` or ``.owner``, malformed; ``.unknown``, there is none; ``.exists``.

@@ -8,6 +8,7 @@ verifier refuses them unless a policy names its root and says ``simulated = "all
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config import Config
@@ -20,6 +21,7 @@ from ..base import Availability
 from . import cpu, epc, fuses
 
 if TYPE_CHECKING:
+    from .counters import SimulatedCounters
     from .quoting import QuotingEnclave
 
 #: KEYREQUEST.ATTRIBUTEMASK of seal keys: INIT, DEBUG and the reserved high bits, as in the Intel SDK's default.
@@ -32,7 +34,8 @@ _SEAL_POLICIES = {"mrenclave": POLICY_MRENCLAVE, "mrsigner": POLICY_MRSIGNER}
 class SimulatedEnclave:
     """An initialised enclave on the simulated processor (see :class:`inclavare.tee.base.Enclave`)."""
 
-    def __init__(self, processor: cpu.Processor, secs: cpu.Secs, reservation: epc.Reservation) -> None:
+    def __init__(self, processor: cpu.Processor, secs: cpu.Secs, reservation: epc.Reservation, state: Path) -> None:
+        self._state = state
         self._processor = processor
         self._secs = secs
         self._reservation = reservation
@@ -117,6 +120,13 @@ class SimulatedEnclave:
         """
         return self._processor.egetkey(self._secs, KeyRequest.from_bytes(request))
 
+    @property
+    def counters(self) -> SimulatedCounters:
+        """Its monotonic counters."""
+        from .counters import SimulatedCounters
+
+        return SimulatedCounters(self._state, lambda: cpu.identity(self._secs))
+
     def read(self, offset: int, length: int) -> bytes:
         """What code in the enclave reads at ``offset`` bytes from its base."""
         return self._processor.read(self._secs, offset, length)
@@ -157,7 +167,8 @@ class SimulatedPlatform:
         processor = self._session()
         reservation = epc.reserve(self._config, image.page_count, label)
         try:
-            return SimulatedEnclave(processor, processor.load(image, sigstruct), reservation)
+            secs = processor.load(image, sigstruct)
+            return SimulatedEnclave(processor, secs, reservation, self._config.platform_dir)
         except BaseException:
             reservation.release()
             raise

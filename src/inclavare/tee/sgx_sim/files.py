@@ -70,14 +70,19 @@ def write(path: Path, data: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         fresh.rename(path)
-        parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(parent)
-        finally:
-            os.close(parent)
+        sync(path.parent)
     except OSError as error:
         fresh.unlink(missing_ok=True)
         raise unwritable(path, error) from None
+
+
+def sync(directory: Path) -> None:
+    """Make durable which names the directory holds."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def unwritable(path: Path, error: OSError) -> ResourceError:
