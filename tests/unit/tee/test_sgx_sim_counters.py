@@ -20,7 +20,7 @@ from inclavare.errors import InclavareError, PlatformError, ResourceError, Usage
 from inclavare.sgx.keys import Identity
 from inclavare.sgx.structs import ATTRIBUTE_INIT, Attributes
 from inclavare.tee.base import Counter
-from inclavare.tee.sgx_sim import SimulatedEnclave, SimulatedPlatform, counters, create
+from inclavare.tee.sgx_sim import SimulatedEnclave, counters, create
 from inclavare.tee.sgx_sim.counters import SimulatedCounters
 
 ENCLAVE = Identity(
@@ -37,6 +37,19 @@ def state(tmp_path: Path) -> Path:
 @pytest.fixture
 def mine(state: Path) -> SimulatedCounters:
     return SimulatedCounters(state, lambda: ENCLAVE)
+
+
+@pytest.fixture
+def load(config: Config, signers: Signers) -> Callable[..., SimulatedEnclave]:
+    """Loads small enclaves on a platform of this test's own."""
+    platform = create(config)
+
+    def loader(content: bytes, *, key: Any = None, debug: bool = False, **overrides: Any) -> SimulatedEnclave:
+        image = small_image(content, debug=debug)
+        signed = sign_image(image, key or signers.ours, **overrides)
+        return platform.load(image, signed.to_bytes(), label="test")
+
+    return loader
 
 
 def refused(id: str, call: Callable[..., Any], *arguments: Any) -> InclavareError:
@@ -110,12 +123,12 @@ def test_owners(mine: SimulatedCounters) -> None:
     assert mine.create("mrsigner", "n").id != mine.read("mrenclave", "n").id
 
 
-def test_another_enclave_sees_nothing(platform: SimulatedPlatform, load: Any, signers: Signers) -> None:
+def test_another_enclave_sees_nothing(load: Any, signers: Signers) -> None:
     ours, twin, newer = load(b"one"), load(b"one"), load(b"two", isv_svn=4)
     others = {
         "signer": load(b"one", key=signers.theirs),
         "product": load(b"one", isv_prod_id=8),
-        "debug": load(b"one", debug=True, attribute_mask=(1 << 64) - 1, attributes=6),
+        "debug": load(b"one", debug=True),
     }
     for owner in OWNERS:
         made = ours.counters.create(owner, f"{owner}-state")

@@ -1,7 +1,7 @@
 """Monotonic counters of the simulated platform: what a real one would keep in replay-protected flash.
 
-One small file per counter, in a directory per owner. Changes hold the owner directory's lock and are on disk before they
-are answered. The host's root can edit them, as everything of this platform.
+One small file per counter, in a directory per owner. A change holds the directory's lock and is on disk before it is
+answered. The host's root can edit them, as everything of this platform.
 """
 
 from __future__ import annotations
