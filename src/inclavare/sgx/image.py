@@ -6,8 +6,11 @@ measured (see :mod:`inclavare.sgx.measure`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import BinaryIO
 
+from ..errors import IntegrityError
 from .paging import PAGE_SIZE, PT_REG, PT_SECS, PT_TCS, SECINFO_R, SECINFO_W, SECINFO_X
 
 __all__ = [
@@ -20,6 +23,7 @@ __all__ = [
     "SECINFO_X",
     "EnclaveImage",
     "PageRun",
+    "read_pages",
 ]
 
 
@@ -31,14 +35,14 @@ class PageRun:
         offset: offset in bytes of the first page from the enclave's base, a multiple of 4096.
         flags: SECINFO.FLAGS, 8 bytes little-endian in the measurement.
         count: number of 4096-byte pages.
-        data: ``count * 4096`` bytes, or ``None`` for zero pages.
+        data: ``count * 4096`` bytes, or a view of as many (of an ``mmap``, for example), or ``None`` for zero pages.
         measured: whether the contents are measured with EEXTEND (16 chunks of 256 bytes a page).
     """
 
     offset: int
     flags: int
     count: int
-    data: bytes | None = None
+    data: bytes | memoryview | None = None
     measured: bool = True
 
     def __post_init__(self) -> None:
@@ -77,3 +81,28 @@ class EnclaveImage:
     def page_count(self) -> int:
         """EPC pages that the image occupies, its SECS page included."""
         return 1 + sum(run.count for run in self.runs)
+
+
+def read_pages(source: BinaryIO, offset: int, flags: int, count: int, *, measured: bool = True) -> Iterator[PageRun]:
+    """Pages whose contents a file holds, as runs of at most 256 pages, so that memory stays flat.
+
+    Args:
+        source: read from where it stands; ``count * 4096`` bytes.
+        offset: of the first page from the enclave's base, in bytes.
+
+    Raises:
+        IntegrityError: ``sgx.image.truncated``: the file ends early.
+    """
+    end = offset + count * PAGE_SIZE
+    while offset < end:
+        pages = min(256, (end - offset) // PAGE_SIZE)
+        data = source.read(pages * PAGE_SIZE)
+        if len(data) != pages * PAGE_SIZE:
+            raise IntegrityError(
+                "the file ends before the enclave's last page",
+                id="sgx.image.truncated",
+                found=f"{len(data)} bytes for the pages from offset {offset:#x}",
+                expected=f"{pages * PAGE_SIZE} bytes",
+            )
+        yield PageRun(offset, flags, pages, data, measured)
+        offset += pages * PAGE_SIZE

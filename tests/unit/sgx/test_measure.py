@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import mmap
 import struct
+import tracemalloc
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from inclavare.errors import IntegrityError
 from inclavare.sgx import measure as measure_module
-from inclavare.sgx.image import PAGE_SIZE, PT_REG, PT_TCS, SECINFO_R, SECINFO_W, SECINFO_X, EnclaveImage, PageRun
+from inclavare.sgx.image import (
+    PAGE_SIZE,
+    PT_REG,
+    PT_TCS,
+    SECINFO_R,
+    SECINFO_W,
+    SECINFO_X,
+    EnclaveImage,
+    PageRun,
+    read_pages,
+)
 from inclavare.sgx.measure import Measurement, measure
 from inclavare.sgx.structs import Sigstruct
 
@@ -58,10 +73,62 @@ def test_agrees_with_the_manual(image: EnclaveImage) -> None:
 
 
 def test_agrees_across_batches() -> None:
-    pages = 2 * measure_module._BATCH + 3
-    for measured in (False, True):
-        image = EnclaveImage(1 << 24, 1, 4, 3, 0, (PageRun(PAGE_SIZE, RW, pages, None, measured),))
-        assert measure(image) == by_the_manual(image)
+    for measured, batch in ((False, measure_module._BATCH_UNMEASURED), (True, measure_module._BATCH)):
+        pages = 2 * batch + 3
+        for data in (None, hashlib.shake_128(b"pages").digest(pages * PAGE_SIZE)):
+            image = EnclaveImage(1 << 24, 1, 4, 3, 0, (PageRun(PAGE_SIZE, RW, pages, data, measured),))
+            assert measure(image) == by_the_manual(image)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    image = EnclaveImage(1 << 40, 1, 4, 3, 0, (PageRun((1 << 32) - 2 * PAGE_SIZE, RW, 4, b"x" * 4 * PAGE_SIZE),))
+    assert measure(image) == by_the_manual(image)
+
+
+def test_contents_may_be_a_view_or_come_from_a_file(tmp_path: Path) -> None:
+    data = hashlib.shake_128(b"file").digest(300 * PAGE_SIZE)
+    image = EnclaveImage(1 << 24, 1, 4, 3, 0, (PageRun(PAGE_SIZE, RW, 300, data),))
+    (tmp_path / "pages").write_bytes(data)
+    with (tmp_path / "pages").open("rb") as file:
+        mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        running = Measurement()
+        running.ecreate(1, 1 << 24)
+        running.add_all(read_pages(file, PAGE_SIZE, RW, 300))
+    view = EnclaveImage(1 << 24, 1, 4, 3, 0, (PageRun(PAGE_SIZE, RW, 300, mapped),))
+    assert running.digest() == measure(view) == by_the_manual(image)
+
+
+def test_a_file_that_ends_early_is_refused() -> None:
+    with pytest.raises(IntegrityError) as refusal:
+        list(read_pages(io.BytesIO(b"x" * (3 * PAGE_SIZE - 1)), 0, RW, 3))
+    assert refusal.value.id == "sgx.image.truncated"
+
+
+def test_memory_stays_flat() -> None:
+    """64 MiB of pages, every one measured, in less than 4 MiB."""
+
+    class Zeros(io.RawIOBase):
+        def read(self, size: int = -1) -> bytes:
+            return bytes(size)
+
+    tracemalloc.start()
+    try:
+        running = Measurement()
+        running.add_all(read_pages(Zeros(), 0, RW, 16384))  # type: ignore[arg-type]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 << 20
+    expected = Measurement()
+    expected.add(PageRun(0, RW, 16384))
+    assert running.digest() == expected.digest()
+
+
+def test_progress_counts_every_byte() -> None:
+    done: list[int] = []
+    image = EnclaveImage(1 << 24, 1, 4, 3, 0, (PageRun(0, RW, 1500), PageRun(1 << 23, RW, 1, b"a" * PAGE_SIZE)))
+    assert measure(image, done.append) == measure(image)
+    assert sum(done) == 1501 * PAGE_SIZE and len(done) > 2
 
 
 def test_splitting_a_run_changes_nothing() -> None:
