@@ -237,6 +237,9 @@ def test_inclavare_run(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
                "/bin/sh", "-c", "cat /data/file; echo $A; touch /data/x || echo ro")  # fmt: skip
     assert done.stdout == b"in\n1\nro\n", done.stderr
     assert b"cli.run.volume" in run("--tee", "sgx-sim", "-v", "/nowhere:/x", plain, "/bin/true").stderr
+    refused = run(image, "/bin/cat", "/etc/shadow")
+    assert refused.returncode == 8 and b"admission.args.refused" in refused.stderr
+    assert run("--name", "a/b", image).returncode == 2
     assert b"cli.run.env" in run("--tee", "sgx-sim", "-e", "A", plain, "/bin/true").stderr
     greeting = image / "etc/greeting"
     greeting.write_text(greeting.read_text().replace("m", "M"))

@@ -17,6 +17,25 @@ if TYPE_CHECKING:
 class _Main(Commands):
     """Turns errors into messages and exit codes."""
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run; where ``--json`` was given, wrong usage is told as JSON too."""
+        words = [str(word) for word in (args[0] if args else kwargs.get("args") or sys.argv[1:])]
+        if "--json" not in words or kwargs.get("standalone_mode") is False:
+            return super().main(*args, **kwargs)
+        try:
+            result = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except click.UsageError as error:
+            from ..errors import UsageError
+            from ._output import show_error
+
+            command = error.ctx.command_path if error.ctx else "inclavare"
+            show_error(UsageError(error.format_message(), id="cli.usage", remedy=f"see {command} --help"), as_json=True)
+            sys.exit(UsageError.exit_code)
+        except click.Abort:
+            click.echo("Aborted!", err=True)
+            sys.exit(1)
+        sys.exit(result if isinstance(result, int) else 0)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; refusals end with their own exit code (``inclavare --help`` lists them)."""
         from ..errors import InclavareError

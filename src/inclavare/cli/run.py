@@ -98,7 +98,7 @@ def command(
         (bundle / "config.json").write_text(json.dumps(config))
         log = load().log_dir / "runelet.log"
         before = log.stat().st_size if log.exists() else 0
-        code = _run(container, bundle)
+        code = _run(container, bundle, work / "rune.log")
     violations = _violations(log, before, container)
     for path, reason in violations:
         note(f"{path} was refused to the enclave: {reason}")
@@ -214,12 +214,21 @@ def _violations(log: Path, start: int, container: str) -> list[tuple[str, str]]:
     return found
 
 
-def _run(container: str, bundle: Path) -> int:
+def _run(container: str, bundle: Path, log: Path) -> int:
+    """Run the container; its exit code, or that of the refusal where rune refused it."""
     # If this process is killed, so is rune, whose guard then takes the container back.
-    command = ["setpriv", "--pdeathsig", "KILL", rune_program(), "run", "--bundle", str(bundle), container]
+    command = ["setpriv", "--pdeathsig", "KILL", rune_program(), "--log", str(log), "--log-format", "json"]
+    command += ["run", "--bundle", str(bundle), container]
     process = subprocess.Popen(command)
     # Keys typed at the terminal reach rune by themselves; what is sent to this process is passed on.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda received, _: os.kill(process.pid, received))
-    return process.wait()
+    code = process.wait()
+    if code == 1 and log.exists():
+        for line in log.read_text(errors="replace").splitlines():
+            try:
+                code = int(json.loads(line).get("exit_code", code))
+            except (ValueError, AttributeError):
+                continue  # crun writes lines of its own
+    return code

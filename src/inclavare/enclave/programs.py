@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import Any
 from ..errors import PlatformError, UsageError
 from .paths import full_disk
 
+_WORK_PREFIX = "inclavare-image-"
+_SETTLED_SECONDS = 60
 _PACKAGES = {"skopeo": "skopeo", "umoci": "umoci", "cp": "coreutils"}
 
 
@@ -70,20 +74,28 @@ def _reason(text: str) -> str:
 def skopeo_copy(what: str, *arguments: str) -> None:
     policies = (Path("/etc/containers/policy.json"), Path.home() / ".config/containers/policy.json")
     # Without any policy file skopeo refuses everything; with one it is obeyed.
+    daemon = os.environ.get("DOCKER_HOST", "")
+    ends = [f"--{end}-daemon-host={daemon}" for end, name in zip(("src", "dest"), arguments[-2:], strict=True)
+            if daemon and name.startswith("docker-daemon:")]  # fmt: skip
     policy = [] if any(path.exists() for path in policies) else ["--insecure-policy"]
-    run(what, "skopeo", *policy, "copy", "--quiet", *arguments)
+    run(what, "skopeo", *policy, "copy", "--quiet", *ends, *arguments)
 
 
 @contextmanager
 def work_directory() -> Iterator[Path]:
     """A private directory for unpacked images, in ``$TMPDIR`` or ``/var/tmp``; removed in the end.
 
+    Its lock is held as long as its owner lives: what a killed owner left is removed by the next.
+
     Raises:
         ResourceError: there is no room for one.
     """
     base = os.environ.get("TMPDIR") or "/var/tmp"
     try:
-        path = Path(tempfile.mkdtemp(prefix="inclavare-", dir=base))
+        _remove_abandoned(Path(base))
+        path = Path(tempfile.mkdtemp(prefix=_WORK_PREFIX, dir=base))
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise full_disk(base, error) from None
@@ -94,6 +106,26 @@ def work_directory() -> Iterator[Path]:
         yield path
     finally:
         remove_tree(path)
+        os.close(lock)
+
+
+def _remove_abandoned(base: Path) -> None:
+    for path in base.glob(f"{_WORK_PREFIX}*"):
+        try:
+            found = path.lstat()
+            # A directory that was made just now may not be locked yet.
+            if found.st_uid != os.geteuid() or time.time() - found.st_mtime < _SETTLED_SECONDS:
+                continue
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_tree(path)
+        except OSError:
+            pass  # its owner lives
+        finally:
+            os.close(handle)
 
 
 def remove_tree(path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..config import Config
 from ..config import load as load_config
-from ..errors import InclavareError, UsageError
+from ..errors import InclavareError, PlatformError, UsageError
 from . import low_level
 from .main import ALTERED, COMMANDS, OTHER_COMMANDS, enclave_directory, is_safe_id
 from .report import fail, one_line
@@ -57,8 +57,10 @@ def dispatch(call: Call) -> NoReturn:
         if call.unclear and call.command in ALTERED and not os.path.lexists(directory_of(call, load_config())):
             _refuse_unclear(call)
         import_module(f".{module}", __package__).run(call)
-    except (InclavareError, low_level.NoRuntimeError) as error:
-        fail(call, one_line(error) if isinstance(error, InclavareError) else str(error))
+    except InclavareError as error:
+        fail(call, one_line(error), exit_code=error.exit_code)
+    except low_level.NoRuntimeError as error:
+        fail(call, str(error), exit_code=PlatformError.exit_code)
     except Exception as error:
         fail(call, f"{one_line(error)} [rune.fault]")
     os._exit(0)

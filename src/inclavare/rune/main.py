@@ -155,7 +155,8 @@ class Call:
 
     def _global(self, name: str, value: str) -> None:
         if name == "--root":
-            self.root = os.path.abspath(value)
+            # One directory is one state, by whatever links it is reached.
+            self.root = os.path.realpath(value)
             return
         if name == "--log":
             if value.startswith("file:"):

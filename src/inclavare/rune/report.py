@@ -16,13 +16,13 @@ class LogTarget(Protocol):
     log_format: str
 
 
-def write_log(call: LogTarget, level: str, message: str) -> None:
-    """Append one line to the log file that the caller named, in the format that it named."""
+def write_log(call: LogTarget, level: str, message: str, **more: object) -> None:
+    """Append one line to the log file that the caller named, in the format that it named; JSON takes more keys."""
     if call.log is None:
         return
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     if call.log_format == "json":
-        line = json.dumps({"level": level, "msg": message, "time": stamp})
+        line = json.dumps({"level": level, "msg": message, "time": stamp, **more})
     else:
         line = f'time="{stamp}" level={level} msg={json.dumps(message)}'
     try:
@@ -35,9 +35,13 @@ def write_log(call: LogTarget, level: str, message: str) -> None:
         os.close(fd)
 
 
-def fail(call: LogTarget, message: str, status: int = 1) -> NoReturn:
-    """Report an error to the log and to standard error, and leave."""
-    write_log(call, "error", message)
+def fail(call: LogTarget, message: str, status: int = 1, *, exit_code: int = 1) -> NoReturn:
+    """Report an error to the log and to standard error, and leave.
+
+    Args:
+        exit_code: what the ``inclavare`` command ends with for this error; it goes into a JSON log.
+    """
+    write_log(call, "error", message, exit_code=exit_code)
     sys.stderr.write(f"rune: {message}\n")
     sys.stderr.flush()
     os._exit(status)

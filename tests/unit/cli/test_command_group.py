@@ -43,6 +43,15 @@ def test_help_lists_commands_without_importing_them() -> None:
         assert f"  {name} " in done.stdout
 
 
+def test_wrong_usage_is_json_too() -> None:
+    done = CliRunner().invoke(main, ["verify", "--json"], prog_name="inclavare")
+    error = json.loads(done.output)["error"]
+    assert (done.exit_code, error["id"], error["remedy"]) == (2, "cli.usage", "see inclavare verify --help")
+    assert "EVIDENCE" in error["message"]
+    done = CliRunner().invoke(main, ["sgx", "no-such", "--json"], prog_name="inclavare")
+    assert (done.exit_code, json.loads(done.output)["error"]["remedy"]) == (2, "see inclavare sgx --help")
+
+
 def _with(error: Exception) -> click.Group:
     @click.group(cls=_Main, package="inclavare.cli")
     @click.option("--debug", is_flag=True)

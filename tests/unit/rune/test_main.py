@@ -39,6 +39,12 @@ def test_root_in_every_form(words: str, root: str) -> None:
     assert Call(words.split()).root == root
 
 
+def test_a_root_is_one_directory_by_whatever_links(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "link").symlink_to("state")
+    assert Call(["--root", str(tmp_path / "link"), "state", "c"]).root == str(tmp_path / "state")
+
+
 def test_short_options_and_the_applications_own_words() -> None:
     assert Call(["run", "-b", "/b", "c"]).values == {"-b": "/b"}
     assert Call(["run", "-b/b", "-d", "c"]).values == {"-b": "/b"}
