@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,8 +28,7 @@ if TYPE_CHECKING:
 _ALL_64 = (1 << 64) - 1
 _ALL_32 = (1 << 32) - 1
 
-#: Bytes of SIGSTRUCT that the signature covers: 0–127 and 900–1027.
-SIGNED_SIZE = 256
+SIGNED_SIZE = sgx_sigstruct.SIGNED_SIZE
 
 
 def developer_key() -> Path:
@@ -156,49 +154,27 @@ def sign_image(image: EnclaveImage, manifest: Manifest, key: RSAPrivateKey, *, m
     Raises:
         UsageError: the key cannot sign enclaves.
     """
-    return sgx_sigstruct.sign(
-        mrenclave or sgx_measure.measure(image),
-        key,
-        attributes=image.attributes,
-        attribute_mask=_ALL_64,
-        xfrm=image.xfrm,
-        xfrm_mask=_ALL_64,
-        miscselect=image.miscselect,
-        misc_mask=_ALL_32,
-        isv_prod_id=manifest.enclave.isv_prod_id,
-        isv_svn=manifest.enclave.isv_svn,
-        date=signing_date(),
-    ).to_bytes()
+    return sgx_sigstruct.sign(mrenclave or sgx_measure.measure(image), key, **_fields(image, manifest)).to_bytes()
 
 
 def unsigned_data(image: EnclaveImage, manifest: Manifest, *, mrenclave: bytes | None = None) -> bytes:
     """What a signer elsewhere signs (RSASSA-PKCS1-v1_5 with SHA-256): 256 bytes, SIGSTRUCT's 0–127 and 900–1027."""
-    zeros = bytes(384)
-    from ..sgx.structs import SIGSTRUCT_HEADER, SIGSTRUCT_HEADER2, Attributes
+    made = sgx_sigstruct.unsigned(mrenclave or sgx_measure.measure(image), **_fields(image, manifest))
+    return made.signed_bytes()
 
-    return Sigstruct(
-        header=SIGSTRUCT_HEADER,
-        vendor=0,
-        date=signing_date(),
-        header2=SIGSTRUCT_HEADER2,
-        swdefined=0,
-        modulus=zeros,
-        exponent=3,
-        signature=zeros,
-        miscselect=image.miscselect,
-        misc_mask=_ALL_32,
-        cet_attributes=0,
-        cet_attributes_mask=0,
-        isv_family_id=bytes(16),
-        attributes=Attributes(image.attributes, image.xfrm).to_bytes(),
-        attribute_mask=Attributes(_ALL_64, _ALL_64).to_bytes(),
-        enclave_hash=mrenclave or sgx_measure.measure(image),
-        isv_ext_prod_id=bytes(16),
-        isv_prod_id=manifest.enclave.isv_prod_id,
-        isv_svn=manifest.enclave.isv_svn,
-        q1=zeros,
-        q2=zeros,
-    ).signed_bytes()
+
+def _fields(image: EnclaveImage, manifest: Manifest) -> sgx_sigstruct.SignedFields:
+    return {
+        "attributes": image.attributes,
+        "attribute_mask": _ALL_64,
+        "xfrm": image.xfrm,
+        "xfrm_mask": _ALL_64,
+        "miscselect": image.miscselect,
+        "misc_mask": _ALL_32,
+        "isv_prod_id": manifest.enclave.isv_prod_id,
+        "isv_svn": manifest.enclave.isv_svn,
+        "date": signing_date(),
+    }
 
 
 def attach_signature(unsigned: bytes, signature: bytes, public_key_pem: bytes) -> bytes:
@@ -206,52 +182,21 @@ def attach_signature(unsigned: bytes, signature: bytes, public_key_pem: bytes) -
 
     Args:
         unsigned: the 256 bytes of :func:`unsigned_data`.
-        signature: 384 bytes, big-endian as ``openssl dgst -sha256 -sign`` writes it.
+        signature: 384 bytes, big-endian as ``openssl dgst -sha256 -sign`` writes it, or little-endian as in SIGSTRUCT.
         public_key_pem: the signer's RSA-3072 public key with exponent 3.
 
     Raises:
         UsageError: a length is wrong, or the key is no such key.
         IntegrityError: the signature does not verify.
     """
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
-
-    if len(unsigned) != SIGNED_SIZE or len(signature) != 384:
+    if len(unsigned) != SIGNED_SIZE or len(signature) != sgx_sigstruct.RSA_SIZE:
         raise UsageError(
             "these are not signing data and their signature",
             id="enclave.signing.external",
             found=f"{len(unsigned)} and {len(signature)} bytes",
             expected="256 bytes written by --gendata, and 384 bytes of RSA-3072 signature",
         )
-    try:
-        key = load_pem_public_key(public_key_pem)
-    except (ValueError, UnsupportedAlgorithm):
-        key = None
-    if not isinstance(key, RSAPublicKey) or key.key_size != 3072 or key.public_numbers().e != 3:
-        raise UsageError(
-            "the public key cannot belong to an enclave signer",
-            id="enclave.signing.external",
-            expected="an RSA-3072 public key with exponent 3, PEM",
-            remedy="export it with: openssl rsa -in key.pem -pubout",
-        )
-    modulus = key.public_numbers().n
-    number = int.from_bytes(signature, "big")
-    q1, q2 = sgx_sigstruct.q1_q2(number, modulus)
-    body = unsigned[:128] + modulus.to_bytes(384, "little") + (3).to_bytes(4, "little") + bytes(384) + unsigned[128:]
-    try:
-        found = replace(
-            Sigstruct.from_bytes(body.ljust(1808, b"\0")),
-            signature=number.to_bytes(384, "little"),
-            q1=q1.to_bytes(384, "little"),
-            q2=q2.to_bytes(384, "little"),
-        )
-    except OverflowError:
-        raise IntegrityError(
-            "the signature does not verify", id="enclave.signing.external", remedy="sign the data again"
-        ) from None
-    sgx_sigstruct.verify(found)
-    return found.to_bytes()
+    return sgx_sigstruct.catsig(unsigned, signature, sgx_sigstruct.public_modulus(public_key_pem)).to_bytes()
 
 
 def check_sigstruct(sigstruct: bytes, image: EnclaveImage, manifest: Manifest, mrenclave: bytes) -> Sigstruct:

@@ -326,46 +326,68 @@ def test_egetkey_gp_comes_before_error_codes() -> None:
     assert refusal.status is None
 
 
+_COUNTED = bytes(range(132))
+_PLATFORM = RootKeys(_COUNTED[:16], _COUNTED[16:32], _COUNTED[32:48], bytes((2, 2, 2, 2, 2, 1)) + bytes(10))
+_RESIDENT = Identity(
+    mrenclave=_COUNTED[:32],
+    mrsigner=_COUNTED[32:64],
+    attributes=Attributes(0xB5, 0xE7),
+    isv_prod_id=0x0102,
+    isv_svn=5,
+    miscselect=1,
+    cet_attributes=3,
+    config_id=_COUNTED[:64],
+    config_svn=7,
+    isv_family_id=_COUNTED[64:80],
+    isv_ext_prod_id=_COUNTED[80:96],
+)
+
+
 @pytest.mark.parametrize(
-    ("name", "policy", "expected"),
+    ("name", "fields", "expected"),
     [
-        (keys.KEY_SEAL, 1, "5294141a11bc65f8d293ecc2e029fb22"),
-        (keys.KEY_SEAL, 2, "867551c14ef423d0b05bd9a15b748f16"),
-        (keys.KEY_SEAL, 63, "c2097c338a24cb6a2a18e983b669464a"),
-        (keys.KEY_SEAL, 0, "2ec50d73ff91e0c7d60cf49c4a0425c2"),
-        (keys.KEY_PROVISION, 0, "caeb3c87eea8860c2eb5e3c1311b4a9d"),
-        (keys.KEY_PROVISION_SEAL, 0, "e992d25bb67155514dd2d4fba4c2c74e"),
+        *(
+            (
+                keys.KEY_SEAL,
+                {
+                    "key_policy": policy,
+                    "key_id": _COUNTED[100:],
+                    "misc_mask": 0xF0000001,
+                    "config_svn": 6,
+                    "cet_attributes_mask": 1,
+                },
+                expected,
+            )
+            for policy, expected in (
+                (1, "5294141a11bc65f8d293ecc2e029fb22"),
+                (2, "867551c14ef423d0b05bd9a15b748f16"),
+                (63, "c2097c338a24cb6a2a18e983b669464a"),
+                (0, "2ec50d73ff91e0c7d60cf49c4a0425c2"),
+            )
+        ),
+        (keys.KEY_PROVISION, {}, "caeb3c87eea8860c2eb5e3c1311b4a9d"),
+        (keys.KEY_PROVISION_SEAL, {}, "e992d25bb67155514dd2d4fba4c2c74e"),
+        (keys.KEY_REPORT, {}, "71641813682fc301a0afed8f48e2c248"),
+        (keys.KEY_EINITTOKEN, {}, "5fe8ad750662f79532d0842d77d9d759"),
     ],
 )
-def test_keys_of_platforms_in_use_stay_the_same(name: int, policy: int, expected: str) -> None:
+def test_keys_of_platforms_in_use_stay_the_same(name: int, fields: dict[str, Any], expected: str) -> None:
     """What was sealed with the first release must open with every later one."""
-    counted = bytes(range(132))
-    roots = RootKeys(counted[:16], counted[16:32], counted[32:48], bytes((2, 2, 2, 2, 2, 1)) + bytes(10))
-    enclave = Identity(
-        mrenclave=counted[:32],
-        mrsigner=counted[32:64],
-        attributes=Attributes(0x95, 0xE7),
-        isv_prod_id=0x0102,
-        isv_svn=5,
-        miscselect=1,
-        cet_attributes=3,
-        config_id=counted[:64],
-        config_svn=7,
-        isv_family_id=counted[64:80],
-        isv_ext_prod_id=counted[80:96],
-    )
-    request = KeyRequest(
-        key_name=name,
-        key_policy=policy,
-        isv_svn=4,
-        cpusvn=roots.cpusvn,
-        attribute_mask=Attributes(0xFF00000000000003, 0).to_bytes(),
-    )
-    if name == keys.KEY_SEAL:
-        request = replace(
-            request, key_id=counted[100:], misc_mask=0xF0000001, config_svn=6, cet_attributes_mask=1
-        )  # fmt: skip
-    assert egetkey(roots, enclave, request).hex() == expected
+    mask = Attributes(0xFF00000000000003, 0).to_bytes()
+    request = KeyRequest(key_name=name, isv_svn=4, cpusvn=_PLATFORM.cpusvn, attribute_mask=mask, **fields)
+    assert egetkey(_PLATFORM, _RESIDENT, request).hex() == expected
+
+
+def test_what_an_identity_does_not_say_is_zero() -> None:
+    assert replace(
+        FULL,
+        miscselect=0,
+        cet_attributes=0,
+        config_svn=0,
+        config_id=bytes(64),
+        isv_family_id=bytes(16),
+        isv_ext_prod_id=bytes(16),
+    ) == Identity(FULL.mrenclave, FULL.mrsigner, FULL.attributes, FULL.isv_prod_id, FULL.isv_svn)
 
 
 def test_cmac_against_rfc_4493() -> None:
