@@ -20,7 +20,8 @@ from typing import Any, NoReturn
 
 from ..errors import EvidenceError
 from ..sgx import der
-from ..sgx.quote import CERT_PCK_CHAIN, Quote
+from ..sgx.certification import CERT_PCK_CHAIN
+from ..sgx.quote import TEE_SGX, TEE_TYPES, VERSION_3, Quote
 
 VERSION = 1
 #: Real collateral has some 15 KB, a chain some 4 KB.
@@ -161,7 +162,7 @@ class Evidence:
             EvidenceError: the quote cannot be parsed, or ``evidence.collateral.malformed``.
         """
         return cls(
-            tee=_kind(Quote.from_bytes(quote)),
+            tee=_kind(sgx_quote(quote)),
             quote=bytes(quote),
             collateral=None if collateral is None else check_collateral(collateral),
         )
@@ -284,6 +285,29 @@ def check_collateral(value: Any) -> dict[str, str]:
     return dict(value)
 
 
+def sgx_quote(raw: bytes) -> Quote:
+    """An SGX quote of version 3, the only kind that there is a verifier for.
+
+    Raises:
+        EvidenceError: ``evidence.quote.tee`` or ``.version`` for another kind; else see :meth:`Quote.from_bytes`.
+    """
+    quote = Quote.from_bytes(raw)
+    header = quote.header
+    for event, what, found, expected, remedy in (
+        ("tee", "a quote of this TEE", TEE_TYPES[header.tee_type], TEE_TYPES[TEE_SGX], "use a verifier for that TEE"),
+        ("version", "an SGX quote of this version", header.version, VERSION_3, "ask the platform for version 3"),
+    ):
+        if found != expected:
+            raise EvidenceError(
+                f"{what} can be read, but not verified",
+                id=f"evidence.quote.{event}",
+                found=found,
+                expected=expected,
+                remedy=remedy,
+            )
+    return quote
+
+
 def _kind(quote: Quote) -> str:
     """Which verifier to ask. A lie here leads to a verifier whose root does not fit."""
     if quote.cert_type == CERT_PCK_CHAIN:
@@ -297,7 +321,7 @@ def _kind(quote: Quote) -> str:
 
 
 def _bind(quote: bytes, digest: bytes, what: str) -> None:
-    report_data = Quote.from_bytes(quote).report_body().report_data
+    report_data = sgx_quote(quote).report_body().report_data
     if report_data != digest + bytes(64 - len(digest)):
         raise _unbound(report_data.hex(), f"{digest.hex()}, {what}, zero padded")
 

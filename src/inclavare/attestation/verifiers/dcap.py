@@ -23,11 +23,12 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from ...errors import EvidenceError
+from ...sgx.certification import CERT_PCK_CHAIN
 from ...sgx.pck import PckExtension
-from ...sgx.quote import CERT_PCK_CHAIN, QE_VENDOR_INTEL, Quote
+from ...sgx.quote import QE_VENDOR_INTEL, Quote
 from ...sgx.structs import Attributes, ReportBody, StructureError
 from ..claims import Claims
-from ..evidence import check_collateral
+from ..evidence import check_collateral, sgx_quote
 
 _PEM_BLOCK = re.compile(rb"-----BEGIN CERTIFICATE-----\n([A-Za-z0-9+/=\n]+?)\n-----END CERTIFICATE-----\n?")
 
@@ -83,7 +84,7 @@ def verify_quote(
     Raises:
         EvidenceError: with an id for each cause; see the functions below.
     """
-    quote = Quote.from_bytes(raw)
+    quote = sgx_quote(raw)
     body = quote.report_body()
     qe_body = quote.qe_report_body()
     if quote.header.qe_vendor_id != QE_VENDOR_INTEL:

@@ -6,10 +6,11 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from ...sgx import report
+from ...sgx.certification import CERT_PCK_CHAIN
 from ...sgx.quote import (
     ATTESTATION_KEY_ECDSA_P256,
-    CERT_PCK_CHAIN,
     QE_VENDOR_INTEL,
+    TEE_SGX,
     VERSION_3,
     Quote,
     QuoteHeader,
@@ -50,6 +51,7 @@ class QuotingEnclave:
         self._header = QuoteHeader(
             version=VERSION_3,
             attestation_key_type=ATTESTATION_KEY_ECDSA_P256,
+            tee_type=TEE_SGX,
             qe_svn=architectural.QE.isv_svn,
             pce_svn=architectural.PCE.isv_svn,
             qe_vendor_id=QE_VENDOR_INTEL,
