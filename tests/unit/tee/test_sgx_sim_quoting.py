@@ -15,7 +15,7 @@ from small_enclaves import Signers, sign_image, small_image
 from inclavare.config import Config
 from inclavare.errors import EvidenceError
 from inclavare.sgx.quote import Quote
-from inclavare.tee.sgx_sim import SimulatedEnclave, SimulatedPlatform, architectural, create, provisioning
+from inclavare.tee.sgx_sim import SimulatedEnclave, SimulatedPlatform, architectural, create, fuses, provisioning
 
 Load = Callable[..., SimulatedEnclave]
 NOW = int(time.time())
@@ -58,7 +58,7 @@ def test_strict_policy_has_nothing_to_object_to(platform: SimulatedPlatform, loa
 def test_pck_certificate_has_the_whole_extension(platform: SimulatedPlatform, load: Load) -> None:
     chain = Quote.from_bytes(quote_of(platform, load())).cert_data
     extension = dcap_qvl.parse_pck_extension_from_pem(chain)
-    assert (extension.fmspc, extension.pce_id, extension.pce_svn) == (provisioning.FMSPC, bytes(2), 1)
+    assert (extension.fmspc, extension.pce_id, extension.pce_svn) == (fuses.FMSPC, bytes(2), 1)
     assert extension.cpu_svn == platform._session().cpusvn
     assert extension.sgx_type == 0 and len(extension.ppid) == len(extension.platform_instance_id or b"") == 16
     for part in [*(f"2.{index}" for index in range(1, 19)), "1", "2", "3", "4", "5", "6", "7.1", "7.2", "7.3"]:

@@ -1,4 +1,4 @@
-"""The platform's own enclaves: the quoting enclave (QE) and the provisioning certification enclave (PCE).
+"""The platform's own enclaves: the quoting enclaves (QE, TD QE) and the provisioning certification enclave (PCE).
 
 They are loaded on the simulated processor like any other enclave, but into memory of their own, outside of the EPC
 ledger.
@@ -49,6 +49,7 @@ class Architectural:
 
 
 QE = Architectural("quoting enclave", isv_prod_id=1, isv_svn=1)
+TD_QE = Architectural("TD quoting enclave", isv_prod_id=2, isv_svn=1)
 PCE = Architectural("provisioning certification enclave", isv_prod_id=2, isv_svn=1)
 
 
@@ -114,13 +115,14 @@ def mrsigner(signature: bytes) -> bytes:
 
 
 def pck_key(processor: Processor, pce: Secs) -> EllipticCurvePrivateKey:
-    """The provisioning certification key, which the PCE derives from its provisioning seal key."""
+    """The provisioning certification key of the processor's CPUSVN, which the PCE derives from its provisioning seal
+    key."""
     return _ec_key(_own_key(processor, pce, KEY_PROVISION_SEAL), b"PCK")
 
 
 def ppid(processor: Processor, pce: Secs) -> bytes:
-    """The platform provisioning id, 16 bytes."""
-    return hashlib.sha256(b"PPID" + _own_key(processor, pce, KEY_PROVISION_SEAL)).digest()[:16]
+    """The platform provisioning id, 16 bytes, the same under every CPUSVN."""
+    return hashlib.sha256(b"PPID" + _own_key(processor, pce, KEY_PROVISION_SEAL, cpusvn=bytes(16))).digest()[:16]
 
 
 def attestation_key(processor: Processor, qe: Secs) -> EllipticCurvePrivateKey:
@@ -129,16 +131,16 @@ def attestation_key(processor: Processor, qe: Secs) -> EllipticCurvePrivateKey:
 
 
 def qe_id(processor: Processor, qe: Secs) -> bytes:
-    """The QE's id on this platform, 16 bytes, for the quote header's user data."""
-    return hashlib.sha256(b"QE-ID" + _own_key(processor, qe, KEY_SEAL)).digest()[:16]
+    """The QE's id on this platform, 16 bytes, for the quote header's user data; the same under every CPUSVN."""
+    return hashlib.sha256(b"QE-ID" + _own_key(processor, qe, KEY_SEAL, cpusvn=bytes(16))).digest()[:16]
 
 
-def _own_key(processor: Processor, enclave: Secs, name: int) -> bytes:
+def _own_key(processor: Processor, enclave: Secs, name: int, *, cpusvn: bytes | None = None) -> bytes:
     request = KeyRequest(
         key_name=name,
         key_policy=POLICY_MRSIGNER if name == KEY_SEAL else 0,
         isv_svn=identity(enclave).isv_svn,
-        cpusvn=processor.cpusvn,
+        cpusvn=processor.cpusvn if cpusvn is None else cpusvn,
         attribute_mask=Attributes(ATTRIBUTE_INIT | ATTRIBUTE_DEBUG | ATTRIBUTE_PROVISIONKEY, 0).to_bytes(),
     )
     return processor.egetkey(enclave, request)

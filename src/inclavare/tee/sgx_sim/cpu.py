@@ -306,7 +306,7 @@ def _check_secinfo(run: PageRun) -> None:
         if permissions:
             raise _refused("eadd.secinfo", "a TCS page has no permissions", f"{run.flags:#x}")
         for start in range(0, run.count * PAGE_SIZE, PAGE_SIZE):
-            tcs = Tcs.from_bytes(ZERO_PAGE if run.data is None else run.data[start : start + PAGE_SIZE])
+            tcs = Tcs.from_bytes(ZERO_PAGE if run.data is None else bytes(run.data[start : start + PAGE_SIZE]))
             if tcs.fslimit & 0xFFF != 0xFFF or tcs.gslimit & 0xFFF != 0xFFF:
                 raise _refused(
                     "eadd.tcs",
