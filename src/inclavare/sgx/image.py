@@ -14,6 +14,8 @@ from ..errors import IntegrityError
 from .paging import PAGE_SIZE, PT_REG, PT_SECS, PT_TCS, SECINFO_R, SECINFO_W, SECINFO_X
 
 __all__ = [
+    "ALL_CHUNKS",
+    "CHUNK",
     "PAGE_SIZE",
     "PT_REG",
     "PT_SECS",
@@ -26,6 +28,10 @@ __all__ = [
     "read_pages",
 ]
 
+#: EEXTEND measures this many bytes at a time.
+CHUNK = 256
+ALL_CHUNKS = (1 << PAGE_SIZE // CHUNK) - 1
+
 
 @dataclass(frozen=True, slots=True)
 class PageRun:
@@ -37,6 +43,7 @@ class PageRun:
         count: number of 4096-byte pages.
         data: ``count * 4096`` bytes, or a view of as many (of an ``mmap``, for example), or ``None`` for zero pages.
         measured: whether the contents are measured with EEXTEND (16 chunks of 256 bytes a page).
+        chunks: of a measured run, the chunks of each page that EEXTEND measures, as bits; nearly always all.
     """
 
     offset: int
@@ -44,12 +51,15 @@ class PageRun:
     count: int
     data: bytes | memoryview | None = None
     measured: bool = True
+    chunks: int = ALL_CHUNKS
 
     def __post_init__(self) -> None:
         if self.offset % PAGE_SIZE or self.offset < 0 or self.count < 1:
             raise ValueError(f"page run at {self.offset:#x} with {self.count} pages is not page-aligned and non-empty")
         if self.data is not None and len(self.data) != self.count * PAGE_SIZE:
             raise ValueError(f"page run at {self.offset:#x}: {len(self.data)} bytes for {self.count} pages")
+        if not 0 < self.chunks <= ALL_CHUNKS:
+            raise ValueError(f"page run at {self.offset:#x}: {self.chunks:#x} are no chunks of a page")
 
     @property
     def end(self) -> int:

@@ -1,8 +1,8 @@
 """MRENCLAVE, exactly as ECREATE, EADD and EEXTEND compute it (SDM vol. 3D, 38.1.2 and the instructions' pages).
 
 Each instruction feeds 64-byte blocks to one SHA-256: 5184 bytes for a measured page of 4096. They are built many pages
-at a time by calls that loop in C: ``join`` leaves the gaps for the headers, strided copies fill in the offsets. A second
-thread that builds while the first one hashes does not pay: handing over costs as much as building.
+at a time by calls that loop in C: ``join`` leaves the gaps for the headers, strided copies fill in the offsets. A
+second thread that builds while the first one hashes does not pay: handing over costs as much as building.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 
-from .image import PAGE_SIZE, PT_TCS, SECINFO_R, SECINFO_W, SECINFO_X, EnclaveImage, PageRun
+from .image import ALL_CHUNKS, CHUNK, PAGE_SIZE, PT_TCS, SECINFO_R, SECINFO_W, SECINFO_X, EnclaveImage, PageRun
 
-#: EEXTEND measures this many bytes at a time.
-CHUNK = 256
-
+EEXTEND = b"EEXTEND\0"
 _ECREATE = struct.Struct("<8sIQ44x")
 _EADD = struct.Struct("<8sQQ40x")
 _EEXTEND = struct.Struct("<8sQ48x")
 _CHUNKS = PAGE_SIZE // CHUNK
-_PAGE_BLOCKS = _EADD.size + _CHUNKS * (_EEXTEND.size + CHUNK)
+#: Bytes that are hashed for a page that is measured whole.
+PAGE_BLOCKS = _EADD.size + _CHUNKS * (_EEXTEND.size + CHUNK)
 #: Pages whose blocks are built at once: large enough to amortise the calls, small enough to stay in the cache.
 _BATCH = 64
 _BATCH_UNMEASURED = 1024
@@ -48,7 +47,7 @@ class Measurement:
             progress: called with numbers of bytes of pages that are done.
         """
         for run in runs:
-            for block, size in _blocks(run):
+            for block, size in blocks(run):
                 self._hash.update(block)
                 if progress is not None:
                     progress(size)
@@ -73,12 +72,23 @@ def measure(image: EnclaveImage, progress: Callable[[int], None] | None = None) 
     return running.digest()
 
 
-def _blocks(run: PageRun) -> Iterator[tuple[memoryview, int]]:
-    """What is hashed for a run, piece by piece, each with the number of bytes of the pages that it stands for."""
+def blocks(run: PageRun, tag: bytes = EEXTEND) -> Iterator[tuple[memoryview, int]]:
+    """What is hashed for a run, piece by piece, each with the number of bytes of the pages that it stands for.
+
+    A piece is good until the next one is asked for.
+
+    Args:
+        tag: what each chunk of 256 bytes begins with; an SGXS stream has more than the processor's own.
+    """
     flags = effective_flags(run.flags)
+    if run.measured and run.chunks != ALL_CHUNKS:
+        yield from _partial_blocks(run, flags, tag)
+        return
     batch = min(run.count, _BATCH if run.measured else _BATCH_UNMEASURED)
-    offsets = _Offsets(run.offset, batch, _CHUNKS if run.measured else 1)
-    build = _data_block(run, flags) if run.measured and run.data is not None else _zero_block(run, flags, batch)
+    offsets = Offsets(run.offset, batch, _CHUNKS if run.measured else 1)
+    build = (
+        _data_block(run, flags, tag) if run.measured and run.data is not None else _zero_block(run, flags, tag, batch)
+    )
     for first in range(0, run.count, batch):
         pages = min(batch, run.count - first)
         block = build(first, pages)
@@ -86,28 +96,38 @@ def _blocks(run: PageRun) -> Iterator[tuple[memoryview, int]]:
         yield block, pages * PAGE_SIZE
 
 
-def _zero_block(run: PageRun, flags: int, batch: int) -> Callable[[int, int], memoryview]:
+def _partial_blocks(run: PageRun, flags: int, tag: bytes) -> Iterator[tuple[memoryview, int]]:
+    zeros = bytes(PAGE_SIZE)
+    for at in range(0, run.count * PAGE_SIZE, PAGE_SIZE):
+        page = zeros if run.data is None else run.data[at : at + PAGE_SIZE]
+        parts = [_EADD.pack(b"EADD\0\0\0\0", run.offset + at, flags)]
+        for chunk in range(0, PAGE_SIZE, CHUNK):
+            if run.chunks >> chunk // CHUNK & 1:
+                parts += [_EEXTEND.pack(tag, run.offset + at + chunk), bytes(page[chunk : chunk + CHUNK])]
+        yield memoryview(b"".join(parts)), PAGE_SIZE
+
+
+def _zero_block(run: PageRun, flags: int, tag: bytes, batch: int) -> Callable[[int, int], memoryview]:
     """Blocks that differ from page to page in their offsets only, in one buffer."""
     block = _EADD.pack(b"EADD\0\0\0\0", 0, flags)
     if run.measured:
-        block += (_EEXTEND.pack(b"EEXTEND\0", 0) + bytes(CHUNK)) * _CHUNKS
+        block += (_EEXTEND.pack(tag, 0) + bytes(CHUNK)) * _CHUNKS
     buffer = memoryview(bytearray(block * batch))
     return lambda first, pages: buffer[: pages * len(block)]
 
 
-def _data_block(run: PageRun, flags: int) -> Callable[[int, int], memoryview]:
+def _data_block(run: PageRun, flags: int, tag: bytes) -> Callable[[int, int], memoryview]:
     """Blocks between whose headers the chunks of the pages lie."""
     assert run.data is not None
     data = run.data
-    header = _EEXTEND.pack(b"EEXTEND\0", 0)
+    header = bytearray(_EEXTEND.pack(tag, 0))
     eadd = memoryview(_EADD.pack(b"EADD\0\0\0\0", 0, flags) * _BATCH).cast("Q")
-    stride = _PAGE_BLOCKS // 8
 
     def build(first: int, pages: int) -> memoryview:
-        block = memoryview(bytearray(header).join(_chunks(pages).unpack_from(data, first * PAGE_SIZE)))
+        block = memoryview(header.join(_chunks(pages).unpack_from(data, first * PAGE_SIZE)))
         words = block.cast("Q")
         for word in (0, 2):
-            words[word::stride] = eadd[word : pages * 8 : 8]
+            words[word :: PAGE_BLOCKS // 8] = eadd[word : pages * 8 : 8]
         return block
 
     return build
@@ -119,11 +139,16 @@ def _chunks(pages: int) -> struct.Struct:
     return struct.Struct("0s" + ("0s" + f"{CHUNK}s" * _CHUNKS) * pages)
 
 
-class _Offsets:
+class Offsets:
     """The offsets in the headers of a batch of pages.
 
     All of them grow by the same amount from batch to batch, so they are the digits of one large number (in base 2⁶⁴):
     an addition costs a quarter of counting.
+
+    Args:
+        start: offset of the first page in bytes.
+        batch: pages.
+        chunks: per page, 16 or 1 (EADD only).
     """
 
     def __init__(self, start: int, batch: int, chunks: int) -> None:
@@ -134,13 +159,13 @@ class _Offsets:
         self._chunks = chunks
 
     def fill(self, block: memoryview, first: int, pages: int) -> None:
-        """Write the offsets of ``pages`` pages from the run's page ``first`` on."""
+        """Write the offsets of ``pages`` pages from page ``first`` on into their headers, which lie evenly."""
         digits = (self._first + self._ones * (first * PAGE_SIZE)).to_bytes(self._size, "little")
         offsets = memoryview(digits).cast("Q")[: pages * self._chunks]
         words = block.cast("Q")
-        stride = len(words) // pages
-        words[1::stride] = offsets[:: self._chunks]
-        if stride > _EADD.size // 8:
-            for chunk in range(_CHUNKS):
-                at = (_EADD.size + chunk * (_EEXTEND.size + CHUNK)) // 8 + 1
-                words[at::stride] = offsets[chunk::_CHUNKS]
+        page = len(words) // pages
+        words[1::page] = offsets[:: self._chunks]
+        if self._chunks > 1:
+            eadd = _EADD.size // 8
+            for chunk in range(self._chunks):
+                words[eadd + chunk * (page - eadd) // self._chunks + 1 :: page] = offsets[chunk :: self._chunks]

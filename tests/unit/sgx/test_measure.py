@@ -46,6 +46,8 @@ def by_the_manual(image: EnclaveImage) -> bytes:
                 continue
             page = b"\0" * 4096 if run.data is None else run.data[number * 4096 : number * 4096 + 4096]
             for chunk in range(0, 4096, 256):
+                if not run.chunks & 1 << chunk // 256:
+                    continue
                 state.update(b"EEXTEND\0" + struct.pack("<Q", offset + chunk) + b"\0" * 48)
                 for part in range(0, 256, 64):
                     state.update(page[chunk + part : chunk + part + 64])
@@ -61,7 +63,8 @@ def images(draw: st.DrawFn) -> EnclaveImage:
         seed = draw(st.one_of(st.none(), st.binary(min_size=1, max_size=8)))
         data = None if seed is None else hashlib.shake_128(seed).digest(count * PAGE_SIZE)
         flags = draw(st.sampled_from([RW, PT_REG | SECINFO_R | SECINFO_X, PT_TCS, PT_TCS | SECINFO_R]))
-        runs.append(PageRun(at, flags, count, data, draw(st.booleans())))
+        chunks = draw(st.sampled_from([0xFFFF, 0xFFFF, 0x8001, 0x7FFE]))
+        runs.append(PageRun(at, flags, count, data, draw(st.booleans()), chunks))
         at += count * PAGE_SIZE
     return EnclaveImage(1 << 20, draw(st.integers(1, 4)), 4, 3, 0, tuple(runs))
 
