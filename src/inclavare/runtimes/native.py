@@ -55,7 +55,20 @@ class NativeRuntime:
     def start(
         self, container: Container, enclave: Enclave, platform: Platform, prepared: EncryptedDirectory
     ) -> NativeSession:
-        """Mount root, volumes and ``/dev/attestation``."""
+        """Mount root, volumes and ``/dev/attestation``.
+
+        Raises:
+            PlatformError: ``runtime.native.hardware``: the application would not run in the enclave.
+        """
+        if not platform.simulated:
+            prepared.stop()
+            raise PlatformError(
+                "the native enclave runtime protects nothing on SGX hardware",
+                id="runtime.native.hardware",
+                found="an application that would run beside its enclave, in memory that the host can read",
+                expected="an enclave runtime with code in the enclave (gramine, occlum), which this version lacks",
+                remedy="use enclave type sgx-sim for development",
+            )
         session = NativeSession(container, SecretStore(), [prepared])
         try:
             session.root = ShieldedRoot.mount(
@@ -131,7 +144,14 @@ class NativeSession:
 
         user = (self.container.config.get("process") or {}).get("user") or {}
         self.attestation = AttestFs(
-            EnclaveCalls(enclave.target_info, enclave.report, quote, enclave.seal_key),
+            EnclaveCalls(
+                my_target_info=enclave.target_info,
+                report=enclave.report,
+                quote=quote,
+                seal_key=enclave.seal_key,
+                egetkey=enclave.egetkey,
+                counters=enclave.counters,
+            ),
             self.secrets,
             owner=(int(user.get("uid", 0)), int(user.get("gid", 0))),
             on_fault=self.container.on_fault,

@@ -11,6 +11,8 @@ report              r     432 bytes, EREPORT over target_info and user_report_da
 quote               r     DCAP quote over user_report_data
 keys/NAME           rw    16 raw bytes; ``_sgx_mrenclave`` and ``_sgx_mrsigner`` are read-only
 secrets/NAME        r     a secret that a relying party released to this enclave (not in Gramine)
+egetkey             rw    write a KEYREQUEST, read status and key (not in Gramine; see .transactions)
+counter             rw    write a request about a monotonic counter, read the answer (not in Gramine; likewise)
 ==================  ====  ==========================================================================
 
 What is written into user_report_data and target_info belongs to the process that wrote it, as in Gramine, where each
@@ -31,7 +33,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from . import fuse
+from ..tee.base import Counters
+from . import fuse, transactions
 from .secrets import SecretStore
 
 REPORT_DATA_SIZE, TARGET_INFO_SIZE, REPORT_SIZE, KEY_SIZE = 64, 512, 432, 16
@@ -42,12 +45,14 @@ _SECRET_NAME = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 @dataclass(frozen=True, slots=True)
 class EnclaveCalls:
-    """What the files ask of the enclave; all values in bytes."""
+    """What the files ask of the enclave; all values in bytes. Without counters there is no such file."""
 
     my_target_info: Callable[[], bytes]
     report: Callable[[bytes, bytes], bytes]
     quote: Callable[[bytes], bytes]
     seal_key: Callable[[str], bytes]
+    egetkey: Callable[[bytes], bytes]
+    counters: Counters | None
 
 
 @dataclass(slots=True)
@@ -72,6 +77,8 @@ _FILES = {
     14: (b"report", 0o444),
     15: (b"quote", 0o444),
 }
+_EGETKEY, _COUNTER = 16, 17
+_TRANSACTIONS = {_EGETKEY: b"egetkey", _COUNTER: b"counter"}
 #: Bytes; a quote's length is the platform's and is asked for once.
 _SIZES = {10: 4, 11: REPORT_DATA_SIZE, 12: TARGET_INFO_SIZE, 13: TARGET_INFO_SIZE, 14: REPORT_SIZE}
 _SEALING = {20: (b"_sgx_mrenclave", "mrenclave"), 21: (b"_sgx_mrsigner", "mrsigner")}
@@ -142,7 +149,11 @@ class AttestFs:
 
     def _children(self, node: int) -> dict[bytes, int]:
         if node == _ROOT:
-            return {b"keys": _KEYS, b"secrets": _SECRETS, **{name: number for number, (name, _) in _FILES.items()}}
+            names = {b"keys": _KEYS, b"secrets": _SECRETS, **{name: number for number, (name, _) in _FILES.items()}}
+            offered = {name: number for number, name in _TRANSACTIONS.items()}
+            if self._calls.counters is None:
+                del offered[b"counter"]
+            return names | offered
         if node == _KEYS:
             return {b"default": _DEFAULT_KEY, **{name: number for number, (name, _) in _SEALING.items()}}
         if node == _SECRETS:
@@ -169,8 +180,9 @@ class AttestFs:
             return fuse.Attr(node, stat.S_IFREG | _FILES[node][1], self._size(node))
         if node in _SEALING:
             return fuse.Attr(node, stat.S_IFREG | 0o400, KEY_SIZE, self._uid, self._gid)
-        if node == _DEFAULT_KEY:
-            return fuse.Attr(node, stat.S_IFREG | 0o600, len(self._default_key), self._uid, self._gid)
+        if node == _DEFAULT_KEY or node in _TRANSACTIONS:
+            size = len(self._default_key) if node == _DEFAULT_KEY else 0
+            return fuse.Attr(node, stat.S_IFREG | 0o600, size, self._uid, self._gid)
         value = self._secrets.get(self._secret_name(node))
         if value is None:
             raise fuse.FuseError(errno.ENOENT)
@@ -241,9 +253,10 @@ class AttestFs:
     def _open(self, request: fuse.Request) -> bytes:
         flags = int.from_bytes(request.body[:4], "little")
         writing = flags & os.O_ACCMODE != os.O_RDONLY
-        if writing and request.node not in _WRITABLE:
+        if writing and request.node not in (*_WRITABLE, *_TRANSACTIONS):
             raise fuse.FuseError(errno.EACCES)  # root's capabilities get it past the mode
-        data = b"" if flags & os.O_ACCMODE == os.O_WRONLY else self._load(request.node, request.pid)
+        empty = flags & os.O_ACCMODE == os.O_WRONLY or request.node in _TRANSACTIONS
+        data = b"" if empty else self._load(request.node, request.pid)
         number = next(self._numbers)
         with self._lock:
             self._handles[number] = _Handle(data)
@@ -258,12 +271,21 @@ class AttestFs:
 
     def _read(self, request: fuse.Request) -> bytes:
         number, offset, size, *_ = fuse.READ_IN.unpack_from(request.body)
-        data = self._handle(number).data
-        return data[offset : offset + size]
+        handle = self._handle(number)
+        if request.node in _TRANSACTIONS:
+            # An answer is read once, from its beginning, wherever the write has left the file's position.
+            with self._lock:
+                answer, handle.data = handle.data[:size], handle.data[size:]
+            return answer
+        return handle.data[offset : offset + size]
 
     def _write(self, request: fuse.Request) -> bytes:
         number, offset, size, *_ = fuse.WRITE_IN.unpack_from(request.body)
         handle = self._handle(number)
+        if request.node in _TRANSACTIONS:
+            handle.data = b""
+            handle.data = self._transact(request.node, bytes(request.body[fuse.WRITE_IN.size :][:size]))
+            return struct.pack("<II", size, 0)
         whole = _WRITABLE[request.node]
         # As in Gramine each write replaces the value; only pieces that follow one another are put together.
         if offset != len(handle.written) or offset >= whole:
@@ -274,6 +296,12 @@ class AttestFs:
         if request.node != _DEFAULT_KEY or len(handle.written) == whole:
             self._save(number, request)  # a key that is still too short is judged when the file is closed
         return struct.pack("<II", size, 0)
+
+    def _transact(self, node: int, request: bytes) -> bytes:
+        if node == _EGETKEY:
+            return transactions.egetkey(self._calls.egetkey, request)
+        assert self._calls.counters is not None
+        return transactions.counter(self._calls.counters, request)
 
     def _flush(self, request: fuse.Request) -> bytes:
         self._save(int.from_bytes(request.body[:8], "little"), request)

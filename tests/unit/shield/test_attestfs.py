@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
 import stat
@@ -10,17 +12,21 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from inclavare.sgx.structs import Report, ReportBody
+from inclavare.config import Config
+from inclavare.errors import PlatformError
+from inclavare.sgx import keys
+from inclavare.sgx.codes import Status
+from inclavare.sgx.structs import KeyRequest, Report, ReportBody
 from inclavare.shield import mounts
 from inclavare.shield.attestfs import AttestFs, EnclaveCalls
 from inclavare.shield.secrets import SecretStore
-from inclavare.tee.sgx_sim import SimulatedEnclave, SimulatedPlatform
+from inclavare.tee.sgx_sim import SimulatedEnclave, SimulatedPlatform, create
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not Path("/dev/fuse").exists(), reason="needs root and /dev/fuse to mount"
@@ -53,6 +59,41 @@ class Mounted:
         return ReportBody.from_bytes(Report.from_bytes(self.read("report")).body).report_data
 
 
+def calls_of(enclave: SimulatedEnclave, quote: Any, **other: Any) -> EnclaveCalls:
+    calls = EnclaveCalls(
+        enclave.target_info, enclave.report, quote, enclave.seal_key, enclave.egetkey, enclave.counters
+    )
+    return replace(calls, **other)
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A node of these tests' own, for they leave counters behind."""
+    base = tmp_path_factory.mktemp("node")
+    return Config(state_dir=base / "state", run_dir=base / "run", log_dir=base / "log", epc_size=64 << 20)
+
+
+@pytest.fixture(scope="module")
+def platform(node: Config) -> SimulatedPlatform:
+    return create(node)
+
+
+@contextlib.contextmanager
+def mounted(
+    calls: EnclaveCalls, faults: list[BaseException], secrets: SecretStore | None = None, owner: int = 0
+) -> Iterator[Path]:
+    served = AttestFs(calls, secrets or SecretStore(), owner=(owner, owner), on_fault=faults.append)
+    # Not under pytest's directory, which other users cannot enter.
+    point = Path(tempfile.mkdtemp(prefix="attestation-"))
+    point.chmod(0o755)
+    served.mount(str(point))
+    try:
+        yield point
+    finally:
+        mounts.umount(str(point))
+        point.rmdir()
+
+
 @pytest.fixture
 def dev(platform: SimulatedPlatform, load: Any) -> Iterator[Mounted]:
     enclave = load()
@@ -62,23 +103,15 @@ def dev(platform: SimulatedPlatform, load: Any) -> Iterator[Mounted]:
     def quote(data: bytes) -> bytes:
         return platform.quote(enclave.report(platform.quote_target_info(), data))
 
-    calls = EnclaveCalls(enclave.target_info, enclave.report, quote, enclave.seal_key)
-    served = AttestFs(calls, secrets, owner=(OWNER, OWNER), on_fault=faults.append)
-    # Not under pytest's directory, which other users cannot enter.
-    point = Path(tempfile.mkdtemp(prefix="attestation-"))
-    point.chmod(0o755)
-    served.mount(str(point))
-    try:
+    with mounted(calls_of(enclave, quote), faults, secrets, OWNER) as point:
         yield Mounted(point, secrets, enclave, faults)
-    finally:
-        mounts.umount(str(point))
-        point.rmdir()
-        enclave.destroy()
+    enclave.destroy()
 
 
 def test_names_sizes_and_modes(dev: Mounted) -> None:
     assert sorted(os.listdir(dev.point)) == [
-        "attestation_type", "keys", "my_target_info", "quote", "report", "secrets", "target_info", "user_report_data",
+        "attestation_type", "counter", "egetkey", "keys", "my_target_info", "quote", "report", "secrets", "target_info",
+        "user_report_data",
     ]  # fmt: skip
     assert sorted(os.listdir(dev.point / "keys")) == ["_sgx_mrenclave", "_sgx_mrsigner", "default"]
     sizes = {name: (dev.point / name).stat().st_size for name in os.listdir(dev.point)}
@@ -207,6 +240,9 @@ def test_keys_and_secrets_are_the_applications_alone(dev: Mounted) -> None:
     dev.write("keys/default", b"0123456789abcdef")
     for user in (OWNER, 65534):
         assert _as(user, dev.point / "attestation_type").stdout == b"dcap"
+    for name in ("egetkey", "counter"):
+        assert _as(OWNER, dev.point / name).returncode == 0
+        assert b"Permission denied" in _as(65534, dev.point / name).stderr
     for name, value in (("keys/default", b"0123456789abcdef"), ("keys/_sgx_mrenclave", dev.enclave.seal_key("mrenclave")),
                         ("secrets/token", b"hush")):  # fmt: skip
         assert _as(OWNER, dev.point / name).stdout == value
@@ -232,6 +268,160 @@ def test_secrets_come_and_go(dev: Mounted) -> None:
     with pytest.raises(FileNotFoundError):
         dev.read("secrets/a")
     assert dev.faults == []
+
+
+# --- requests and answers
+
+
+@contextlib.contextmanager
+def opened(dev: Mounted, name: str) -> Iterator[int]:
+    fd = os.open(dev.point / name, os.O_RDWR)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def ask(dev: Mounted, name: str, request: bytes) -> bytes:
+    with opened(dev, name) as fd:
+        assert os.write(fd, request) == len(request)
+        return os.read(fd, 4096)
+
+
+def seal_request(**fields: Any) -> bytes:
+    return KeyRequest(keys.KEY_SEAL, keys.POLICY_MRENCLAVE, **{"key_id": os.urandom(32), **fields}).to_bytes()
+
+
+def test_a_key_for_a_request(dev: Mounted) -> None:
+    request = seal_request(isv_svn=3)
+    answer = ask(dev, "egetkey", request)
+    assert answer == bytes(4) + dev.enclave.egetkey(request)
+    assert len(answer) == 20
+    assert dev.read("egetkey") == b""
+
+
+@pytest.mark.parametrize(("fields", "status"), [
+    ({"isv_svn": 4}, Status.SGX_INVALID_ISVSVN),
+    ({"cpusvn": b"\xff" * 16}, Status.SGX_INVALID_CPUSVN),
+    ({"key_name": keys.KEY_PROVISION}, Status.SGX_INVALID_ATTRIBUTE),
+    ({"key_name": 99}, Status.SGX_INVALID_KEYNAME),
+])  # fmt: skip
+def test_what_egetkey_refuses(dev: Mounted, fields: dict[str, Any], status: Status) -> None:
+    request = KeyRequest(**{"key_name": keys.KEY_SEAL, "key_policy": 1, **fields}).to_bytes()
+    assert ask(dev, "egetkey", request) == status.to_bytes(4, "little") + bytes(16)
+    assert dev.faults == []
+
+
+@pytest.mark.parametrize("request_", [
+    b"", b"x", seal_request()[:-1], seal_request() + b"\0", seal_request()[:100] + b"\1" + seal_request()[101:],
+    KeyRequest(keys.KEY_SEAL, 1 << 7).to_bytes(),
+    KeyRequest(keys.KEY_SEAL, keys.POLICY_MRSIGNER | keys.POLICY_CONFIGID).to_bytes(),
+])  # fmt: skip
+def test_a_request_for_which_egetkey_faults(dev: Mounted, request_: bytes) -> None:
+    if not request_:
+        assert ask(dev, "egetkey", request_) == b""  # to write nothing is no write
+        return
+    with opened(dev, "egetkey") as fd:
+        os.write(fd, seal_request())
+        with pytest.raises(OSError, match="Invalid argument"):
+            os.write(fd, request_)
+        assert os.read(fd, 100) == b""  # nor is the answer to an earlier request still there
+    assert dev.faults == []
+
+
+def test_an_answer_is_read_once_and_in_pieces(dev: Mounted) -> None:
+    request = seal_request()
+    key = bytes(4) + dev.enclave.egetkey(request)
+    with opened(dev, "egetkey") as fd:
+        os.write(fd, request)
+        assert [os.read(fd, 7), os.pread(fd, 7, 0), os.read(fd, 100), os.read(fd, 100)] == [
+            key[:7], key[7:14], key[14:], b"",
+        ]  # fmt: skip
+        os.write(fd, request)
+        os.write(fd, request)
+        assert os.read(fd, 100) == key
+    with open(dev.point / "egetkey", "wb", buffering=0) as file:
+        file.write(request)
+    assert dev.read("egetkey") == b""
+
+
+def test_answers_belong_to_the_open_file(dev: Mounted) -> None:
+    requests = [seal_request() for _ in range(8)]
+    expected = [bytes(4) + dev.enclave.egetkey(request) for request in requests]
+
+    def repeat(number: int) -> None:
+        for _ in range(20):
+            if ask(dev, "egetkey", requests[number]) != expected[number]:
+                wrong.append(number)
+
+    wrong: list[int] = []
+    threads = [threading.Thread(target=repeat, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_counters(dev: Mounted) -> None:
+    def line(request: str) -> list[str]:
+        return ask(dev, "counter", request.encode()).decode().split()
+
+    name = "state" + os.urandom(4).hex()
+    id, *numbers = line(f"create mrenclave {name}\n")
+    assert numbers == ["0", "0"]
+    assert line(f"increment mrenclave {name}") == [id, "1", "0"]
+    assert line(f"increment mrenclave {name}") == [id, "2", "0"]
+    assert line(f"confirm mrenclave {name} {id} 1") == [id, "2", "1"]
+    assert line(f"read mrenclave {name}") == [id, "2", "1"]
+    found = dev.enclave.counters.read("mrenclave", name)
+    assert (found.id.hex(), found.value, found.confirmed) == (id, 2, 1)
+    for request, code in {
+        f"create mrenclave {name}": errno.EEXIST,
+        f"read mrsigner {name}": errno.ENOENT,
+        f"confirm mrenclave {name} {'0' * 32} 1": errno.ESTALE,
+        f"confirm mrenclave {name} {id} 3": errno.ERANGE,
+    }.items():
+        with pytest.raises(OSError) as caught:
+            line(request)
+        assert caught.value.errno == code, request
+    assert line(f"destroy mrenclave {name}") == []
+    assert dev.faults == []
+
+
+@pytest.mark.parametrize("request_", [
+    b"read", b"read mrenclave", b"read mrenclave a b", b"grow mrenclave a", b"read anyone a", b"read mrenclave ../a",
+    b"confirm mrenclave a", b"confirm mrenclave a zz 1", b"confirm mrenclave a 00 x", b"\xff\xfe a b", b"\0",
+])  # fmt: skip
+def test_what_is_no_request_about_a_counter(dev: Mounted, request_: bytes) -> None:
+    with pytest.raises(OSError, match="Invalid argument"):
+        ask(dev, "counter", request_)
+    assert dev.faults == []
+
+
+def test_counters_in_a_shell(dev: Mounted) -> None:
+    name = "shell" + os.urandom(4).hex()
+    script = f"exec 3<>{dev.point}/counter; echo create mrsigner {name} >&3; cat <&3; echo increment mrsigner {name} >&3; cat <&3"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True)
+    id = dev.enclave.counters.read("mrsigner", name).id.hex()
+    assert done.stdout == f"{id} 0 0\n{id} 1 0\n", done.stderr
+
+
+def test_without_counters_there_is_no_such_file(load: Any) -> None:
+    with mounted(calls_of(load(), bytes, counters=None), []) as point:
+        assert "counter" not in os.listdir(point)
+        assert not (point / "counter").exists()
+        assert (point / "egetkey").exists()
+
+
+def test_a_damaged_counter_is_an_error_and_is_reported(dev: Mounted, node: Config) -> None:
+    name = "damaged" + os.urandom(4).hex()
+    ask(dev, "counter", f"create mrenclave {name}".encode())
+    [path] = node.platform_dir.glob(f"counters/*/{name}.counter")
+    path.write_bytes(b"damaged")
+    with pytest.raises(OSError, match="Input/output error"):
+        ask(dev, "counter", f"read mrenclave {name}".encode())
+    assert [error.id for error in dev.faults if isinstance(error, PlatformError)] == ["tee.counter.damaged"]
 
 
 # --- processes
@@ -287,11 +477,7 @@ def test_an_enclave_that_cannot_answer_is_an_error_and_is_reported(platform: Sim
     def quote(data: bytes) -> bytes:
         return platform.quote(enclave.report(platform.quote_target_info(), data))
 
-    calls = EnclaveCalls(enclave.target_info, enclave.report, quote, enclave.seal_key)
-    served = AttestFs(calls, SecretStore(), owner=(0, 0), on_fault=faults.append)
-    point = Path(tempfile.mkdtemp(prefix="attestation-"))
-    served.mount(str(point))
-    try:
+    with mounted(calls_of(enclave, quote), faults) as point:
         assert len((point / "report").read_bytes()) == 432
         enclave.destroy()
         for name in ("report", "quote", "keys/_sgx_mrsigner"):
@@ -299,6 +485,3 @@ def test_an_enclave_that_cannot_answer_is_an_error_and_is_reported(platform: Sim
                 (point / name).read_bytes()
         assert faults
         assert (point / "attestation_type").read_bytes() == b"dcap"
-    finally:
-        mounts.umount(str(point))
-        point.rmdir()
