@@ -164,9 +164,10 @@ class SimulatedPlatform:
 
     def load(self, image: EnclaveImage, sigstruct: bytes, *, label: str) -> SimulatedEnclave:
         """ECREATE, EADD, EEXTEND and EINIT (see :meth:`inclavare.tee.base.Platform.load`)."""
-        processor = self._session()
         reservation = epc.reserve(self._config, image.page_count, label)
         try:
+            # After the reservation: no platform is reset, nor its microcode updated, under an enclave.
+            processor = self._session()
             secs = processor.load(image, sigstruct)
             return SimulatedEnclave(processor, secs, reservation, self._config.platform_dir)
         except BaseException:
@@ -211,7 +212,7 @@ class SimulatedPlatform:
     def _session(self) -> cpu.Processor:
         if self._processor is None:
             # The platform's own enclaves are not in the ledger, and hold a few pages.
-            pages = self._config.epc_size // PAGE_SIZE + _OWN_PAGES
+            pages = epc.size(self._config) // PAGE_SIZE + _OWN_PAGES
             self._processor = cpu.Processor(fuses.load(self._config.platform_dir), epc_pages=pages)
         return self._processor
 

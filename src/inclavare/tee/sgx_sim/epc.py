@@ -6,15 +6,19 @@ pages are free. There is nothing to clean up and no daemon to ask.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-from ...config import Config
-from ...errors import ResourceError
+from ...config import DEFAULT_PATH, Config
+from ...errors import PlatformError, ResourceError
 from ...sgx.image import PAGE_SIZE
-from . import files
+from . import files, fuses
 
+#: Where the firmware would have reserved it in the physical address space: 256 GB.
+BASE = 1 << 38
 _MAX_RECORD = 4096
 
 
@@ -40,6 +44,38 @@ def directory(config: Config) -> Path:
     return config.run_dir / "epc"
 
 
+def size(config: Config) -> int:
+    """Bytes of EPC: those that the platform was initialised with, else the configuration's.
+
+    Raises:
+        PlatformError: ``tee.fuses.damaged``.
+    """
+    platform = fuses.read(config.platform_dir)
+    return platform.epc_size if platform is not None and platform.epc_size else config.epc_size
+
+
+@contextlib.contextmanager
+def vacant(config: Config) -> Iterator[None]:
+    """No enclave is there, and none comes, inside of this context.
+
+    Raises:
+        PlatformError: ``tee.epc.busy``, naming who holds pages.
+    """
+    ledger = directory(config)
+    files.private_directory(ledger)
+    with files.locked(ledger):
+        held = _collect(ledger)
+        if held:
+            raise PlatformError(
+                "enclaves are running on this platform",
+                id="tee.epc.busy",
+                found=_holders(held),
+                expected="no enclaves",
+                remedy="stop them first",
+            )
+        yield
+
+
 def reserve(config: Config, pages: int, label: str) -> Reservation:
     """Take ``pages`` 4096-byte pages for the enclave ``label``.
 
@@ -51,7 +87,7 @@ def reserve(config: Config, pages: int, label: str) -> Reservation:
     with files.locked(ledger):
         held = _collect(ledger)
         used = sum(entry[1] for entry in held)
-        total = config.epc_size // PAGE_SIZE
+        total = size(config) // PAGE_SIZE
         if used + pages > total:
             raise _full(config, held, used=used, total=total, needed=pages)
         path = ledger / f"{os.getpid()}-{os.urandom(8).hex()}"
@@ -108,13 +144,18 @@ def _collect(ledger: Path) -> list[tuple[str, int, int]]:
 
 
 def _full(config: Config, held: list[tuple[str, int, int]], *, used: int, total: int, needed: int) -> ResourceError:
-    largest = sorted(held, key=lambda entry: -entry[1])[:3]
-    holders = ", ".join(f"{label} ({pages} pages, pid {pid})" for label, pages, pid in largest) or "nobody"
+    larger = f"raise [sgx_sim] epc_size in {config.source if config.source != 'defaults' else DEFAULT_PATH}"
+    if total != config.epc_size // PAGE_SIZE:
+        larger = "make a new platform with a larger one (inclavare sgx platform reset, init --epc-size)"
     return ResourceError(
         "the enclave page cache (EPC) is full",
         id="tee.epc.full",
-        found=f"{used} of {total} pages used, largest holders: {holders}",
+        found=f"{used} of {total} pages used, largest holders: {_holders(held)}",
         expected=f"{needed} free pages",
-        remedy="stop an enclave, lower [enclave] size in the manifest, or raise [sgx_sim] epc_size in "
-        f"{config.source if config.source != 'defaults' else '/etc/inclavare/config.toml'}",
+        remedy=f"stop an enclave, lower [enclave] size in the manifest, or {larger}",
     )
+
+
+def _holders(held: list[tuple[str, int, int]]) -> str:
+    largest = sorted(held, key=lambda entry: -entry[1])[:3]
+    return ", ".join(f"{label} ({pages} pages, pid {pid})" for label, pages, pid in largest) or "nobody"

@@ -163,7 +163,7 @@ def certify(directory: Path, processor: Processor) -> None:
         known = _parse(data)
     except (ValueError, KeyError, TypeError, StructureError) as error:
         raise _damaged(path, str(error)) from None
-    extensions = [_extension(certificate) for certificate in known.pcks]
+    extensions = [pck_extension(certificate) for certificate in known.pcks]
     if any(extension.cpusvn == processor.cpusvn for extension in extensions):
         return
     pce = architectural.load(processor, architectural.PCE, known.pce_sigstruct)
@@ -226,7 +226,7 @@ def issue(
     """
     dates = {"issueDate": _iso(issued), "nextUpdate": _iso(issued + COLLATERAL_SECONDS)}
     number = {"tcbEvaluationDataNumber": state.evaluation_number}
-    pck = _extension(provisioning.pck)
+    pck = pck_extension(provisioning.pck)
     tcb_info = _compact(
         {
             "id": "TDX" if tdx else "SGX",
@@ -453,7 +453,8 @@ def _sgx_extension(ppid: bytes, cpusvn: bytes, fmspc: bytes = fuses.FMSPC) -> by
     ).to_bytes()
 
 
-def _extension(pck: x509.Certificate) -> PckExtension:
+def pck_extension(pck: x509.Certificate) -> PckExtension:
+    """What a PCK certificate says about its platform."""
     return PckExtension.from_certificate(pck.public_bytes(serialization.Encoding.DER))
 
 
@@ -498,7 +499,7 @@ def _parse(data: bytes, cpusvn: bytes | None = None) -> Provisioning:
     # Version 1 knew one CPUSVN, and no trust domains.
     texts = [document["pck"]] if version == 1 else document["pcks"]
     pcks = tuple(x509.load_pem_x509_certificate(text.encode()) for text in texts)
-    fitting = [pck for pck in pcks if cpusvn is None or _extension(pck).cpusvn == cpusvn]
+    fitting = [pck for pck in pcks if cpusvn is None or pck_extension(pck).cpusvn == cpusvn]
     if not fitting:
         raise ValueError("no PCK certificate for the processor's CPUSVN")
     return Provisioning(
