@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from inclavare.attestation import Evidence, verify
 from inclavare.attestation.evidence import OID_DICE_EVIDENCE, OIDS_LEGACY
 from inclavare.errors import EvidenceError
 from inclavare.sgx import der
+from inclavare.sgx.quote import Quote
 
 QUOTE = base64.b64encode(b"quote").decode()
 
@@ -207,6 +209,25 @@ def test_malformed_dice_evidence(value: bytes) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = self_signed(key, OID_DICE_EVIDENCE, value)
     assert refused(Evidence.from_certificate, certificate) == "evidence.certificate.malformed"
+
+
+@pytest.mark.parametrize(
+    ("name", "id"), [("oe_tdx_quote.bin", "evidence.quote.tee"), ("gotdx_quote_v5_sample.dat", "evidence.quote.tee")]
+)
+def test_quotes_that_no_verifier_knows(vectors: Path, name: str, id: str) -> None:
+    raw = (vectors / "tdx" / name).read_bytes()
+    assert refused(Evidence.from_quote, raw) == id
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_later_versions_are_read_but_not_verified(attested: Attested, version: int) -> None:
+    quote = Quote.from_bytes(attested.evidence.quote)
+    later = replace(quote, header=replace(quote.header, version=version)).to_bytes()
+    assert refused(Evidence.from_quote, later) == "evidence.quote.version"
+    forged = replace(attested.evidence, quote=later)
+    with pytest.raises(EvidenceError) as caught:
+        verify(forged, attested.policy, now=attested.now)
+    assert caught.value.id == "evidence.quote.version"
 
 
 def test_truncated_certificates(vectors: Path) -> None:
