@@ -151,8 +151,14 @@ def read_in_root(root_fd: int, path: str, limit: int = 1 << 20) -> bytes | None:
         os.close(fd)
 
 
-def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:
+def write_atomically(path: Path, content: bytes, mode: int = 0o644, *, durable: bool = False) -> None:
     """Write a file that is either complete or not there.
+
+    Args:
+        path: replaced if it is there.
+        content: the whole of it.
+        mode: permission bits.
+        durable: return only when it survives a loss of power.
 
     Raises:
         OSError: as open(2), write(2) and rename(2); nothing half-written stays.
@@ -162,7 +168,16 @@ def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
         with os.fdopen(fd, "wb") as handle:
             handle.write(content)
+            if durable:
+                handle.flush()
+                os.fsync(handle.fileno())
         temporary.replace(path)
+        if durable:
+            parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(parent)
+            finally:
+                os.close(parent)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise

@@ -1,7 +1,8 @@
-"""What applications import inside an enclave; light: no server, no third-party package.
+"""What applications import inside an enclave; light: no server, no third-party package but cryptography to seal.
 
 ::
 
-    from inclavare.sdk import attest
+    from inclavare.sdk import attest, seal
     quote = attest.quote(report_data)
+    seal.store("/data/state", seal.seal(state, counter="state"))
 """

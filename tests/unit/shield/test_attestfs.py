@@ -9,28 +9,24 @@ import shutil
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from attestation_files import calls_of, mounted, needs_fuse
 
 from inclavare.config import Config
 from inclavare.errors import PlatformError
 from inclavare.sgx import keys
 from inclavare.sgx.codes import Status
 from inclavare.sgx.structs import KeyRequest, Report, ReportBody
-from inclavare.shield import mounts
-from inclavare.shield.attestfs import AttestFs, EnclaveCalls
 from inclavare.shield.secrets import SecretStore
 from inclavare.tee.sgx_sim import SimulatedEnclave, SimulatedPlatform, create
 
-pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or not Path("/dev/fuse").exists(), reason="needs root and /dev/fuse to mount"
-)
+pytestmark = needs_fuse
 
 OWNER = 4321
 
@@ -59,13 +55,6 @@ class Mounted:
         return ReportBody.from_bytes(Report.from_bytes(self.read("report")).body).report_data
 
 
-def calls_of(enclave: SimulatedEnclave, quote: Any, **other: Any) -> EnclaveCalls:
-    calls = EnclaveCalls(
-        enclave.target_info, enclave.report, quote, enclave.seal_key, enclave.egetkey, enclave.counters
-    )
-    return replace(calls, **other)
-
-
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A node of these tests' own, for they leave counters behind."""
@@ -76,22 +65,6 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Config:
 @pytest.fixture(scope="module")
 def platform(node: Config) -> SimulatedPlatform:
     return create(node)
-
-
-@contextlib.contextmanager
-def mounted(
-    calls: EnclaveCalls, faults: list[BaseException], secrets: SecretStore | None = None, owner: int = 0
-) -> Iterator[Path]:
-    served = AttestFs(calls, secrets or SecretStore(), owner=(owner, owner), on_fault=faults.append)
-    # Not under pytest's directory, which other users cannot enter.
-    point = Path(tempfile.mkdtemp(prefix="attestation-"))
-    point.chmod(0o755)
-    served.mount(str(point))
-    try:
-        yield point
-    finally:
-        mounts.umount(str(point))
-        point.rmdir()
 
 
 @pytest.fixture
