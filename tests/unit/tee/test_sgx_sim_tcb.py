@@ -106,16 +106,13 @@ def test_status_of_the_quoting_enclave(quoted: Quoted, status: str, expected: st
     assert quoted.appraise().accepted is (status == "UpToDate")
 
 
-def test_an_old_quoting_enclave_outweighs_hardening(quoted: Quoted) -> None:
-    quoted.set(
-        qe_status="OutOfDate",
-        qe_advisories=("INTEL-SA-00700",),
-        status="SWHardeningNeeded",
-        advisories=("INTEL-SA-00615",),
-    )
-    assert quoted.opinion().status == "OutOfDate"
+@pytest.mark.parametrize("status", [status for status in tcb.STATUSES if status != "Revoked"])
+def test_an_old_quoting_enclave_makes_every_status_worse(quoted: Quoted, status: str) -> None:
+    quoted.set(status=status, advisories=("INTEL-SA-00615",), qe_status="OutOfDate", qe_advisories=("INTEL-SA-00700",))
+    expected = "OutOfDateConfigurationNeeded" if "Configuration" in status else "OutOfDate"
+    assert quoted.opinion().status == expected
     claims = quoted.appraise().claims
-    assert (claims.tcb_status, claims.advisories) == ("OutOfDate", ("INTEL-SA-00615", "INTEL-SA-00700"))
+    assert (claims.tcb_status, claims.advisories) == (expected, ("INTEL-SA-00615", "INTEL-SA-00700"))
 
 
 def test_a_revoked_quoting_enclave_is_refused_by_both(quoted: Quoted) -> None:

@@ -8,6 +8,7 @@ verifier refuses them unless a policy names its root and says ``simulated = "all
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,8 @@ from . import cpu, epc, fuses
 
 if TYPE_CHECKING:
     from .counters import SimulatedCounters
-    from .quoting import QuotingEnclave
+    from .quoting import QuotingEnclave, TdQuotingEnclave
+    from .tdmodule import TdxModule
 
 #: KEYREQUEST.ATTRIBUTEMASK of seal keys: INIT, DEBUG and the reserved high bits, as in the Intel SDK's default.
 _SEAL_ATTRIBUTE_MASK = Attributes(ATTRIBUTE_INIT | ATTRIBUTE_DEBUG | 0xFF << 56, 0).to_bytes()
@@ -147,6 +149,7 @@ class SimulatedPlatform:
         self._config = config
         self._processor: cpu.Processor | None = None
         self._quoting: QuotingEnclave | None = None
+        self._td_quoting: tuple[TdxModule, TdQuotingEnclave] | None = None
 
     def probe(self) -> Availability:
         """Usable wherever the state and run directories can be written."""
@@ -198,6 +201,35 @@ class SimulatedPlatform:
         from . import provisioning
 
         return provisioning.collateral(self._config.platform_dir, self._session())
+
+    def td_quote(self, report_data: bytes, mrtd: bytes, rtmrs: Sequence[bytes] = (), **more: Any) -> bytes:
+        """A TDX quote, version 4, of a trust domain that exists in these arguments only.
+
+        Args:
+            report_data: 64 bytes.
+            mrtd: measurement of the TD, 48 bytes.
+            rtmrs: up to four values of 48 bytes; the others are zero.
+            more: see :func:`inclavare.tee.sgx_sim.tdmodule.domain`.
+
+        Raises:
+            UsageError: ``tee.td.*``: a length or a number is wrong.
+        """
+        from . import provisioning, quoting, tdmodule
+
+        domain = tdmodule.domain(mrtd, rtmrs, **more)
+        if self._td_quoting is None:
+            processor = self._session()
+            module = tdmodule.TdxModule(processor.cpusvn)
+            made = provisioning.with_td_qe(self._config.platform_dir, processor)
+            self._td_quoting = (module, quoting.TdQuotingEnclave(processor, made, module))
+        module, enclave = self._td_quoting
+        return enclave.quote(module.report(domain, report_data))
+
+    def td_collateral(self) -> dict[str, Any]:
+        """Collateral for this platform's TDX quotes, in dcap-qvl's JSON layout."""
+        from . import provisioning
+
+        return provisioning.collateral(self._config.platform_dir, self._session(), tdx=True)
 
     def root_ca(self) -> bytes:
         """The platform's root CA certificate, DER."""
