@@ -1,9 +1,9 @@
 """The skeleton enclave's requests and responses as bytes, and a client over any carrier.
 
 A request is ``u32 operation, u32 payload size, u64 zero, payload``, a response the same with a status in front, both
-filled with zeros to a multiple of 8 bytes, in ordinary memory. The enclave is entered with RDI and RSI naming the request
-(address, size in bytes), RDX and R8 the response (address, capacity); the addresses are multiples of 8. It leaves its
-status in RDI, too.
+filled with zeros to a multiple of 8 bytes, in ordinary memory. The enclave is entered with RDI and RSI naming the
+request (address, size in bytes), RDX and R8 the response (address, capacity); the addresses are multiples of 8. It
+leaves its status in RDI, too.
 """
 
 from __future__ import annotations
