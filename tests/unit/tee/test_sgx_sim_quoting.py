@@ -153,6 +153,19 @@ def test_collateral_is_kept_and_renewed_in_time(config: Config) -> None:
     assert json.loads(back["tcb_info"])["issueDate"] < issued["issueDate"], "the clock was set back"
 
 
+def test_the_platforms_own_enclaves_do_not_pile_up(config: Config) -> None:
+    platform = create(config)
+    pages = platform._session().memory.store.pages
+    for _ in range(3):
+        platform.collateral()
+    assert not pages
+    platform.td_quote(bytes(64), bytes(48))
+    kept = set(pages)
+    platform.td_collateral()
+    platform.td_quote(bytes(64), bytes(48))
+    assert set(pages) == kept and len(kept) == 2, "the quoting enclave stays"
+
+
 def test_damaged_collateral_is_issued_again(config: Config) -> None:
     platform = create(config)
     whole = platform.collateral()

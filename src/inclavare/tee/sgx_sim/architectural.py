@@ -6,7 +6,9 @@ ledger.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -97,6 +99,16 @@ def load(processor: Processor, enclave: Architectural, signature: bytes) -> Secs
         IntegrityError: the SIGSTRUCT is not this enclave's.
     """
     return processor.load(image(enclave), signature, architectural=True)
+
+
+@contextlib.contextmanager
+def loaded(processor: Processor, enclave: Architectural, signature: bytes) -> Iterator[Secs]:
+    """Like :func:`load`, and removed afterwards."""
+    secs = load(processor, enclave, signature)
+    try:
+        yield secs
+    finally:
+        processor.eremove(secs)
 
 
 def target_info(enclave: Architectural) -> TargetInfo:

@@ -112,9 +112,9 @@ def load(directory: Path, processor: Processor) -> Provisioning:
         provisioning = _parse(data, processor.cpusvn)
     except (ValueError, KeyError, TypeError, StructureError) as error:
         raise _damaged(path, str(error)) from None
-    pce = architectural.load(processor, architectural.PCE, provisioning.pce_sigstruct)
-    if architectural.pck_key(processor, pce).public_key() != provisioning.pck.public_key():
-        raise _damaged(path, "a PCK certificate for other fuses")
+    with architectural.loaded(processor, architectural.PCE, provisioning.pce_sigstruct) as pce:
+        if architectural.pck_key(processor, pce).public_key() != provisioning.pck.public_key():
+            raise _damaged(path, "a PCK certificate for other fuses")
     return provisioning
 
 
@@ -135,8 +135,8 @@ def manufacture(processor: Processor, fmspc: bytes = fuses.FMSPC) -> Provisionin
     # The signer of the architectural enclaves exists for as long as it takes to sign them.
     signer = rsa.generate_private_key(public_exponent=3, key_size=3072)
     pce_sigstruct = architectural.sign(architectural.PCE, signer)
-    pce = architectural.load(processor, architectural.PCE, pce_sigstruct)
-    pck = _pck(processor, pce, platform_ca, architectural.ppid(processor, pce), fmspc)
+    with architectural.loaded(processor, architectural.PCE, pce_sigstruct) as pce:
+        pck = _pck(processor, pce, platform_ca, architectural.ppid(processor, pce), fmspc)
     return Provisioning(
         root=root,
         platform_ca=platform_ca,
@@ -166,8 +166,8 @@ def certify(directory: Path, processor: Processor) -> None:
     extensions = [pck_extension(certificate) for certificate in known.pcks]
     if any(extension.cpusvn == processor.cpusvn for extension in extensions):
         return
-    pce = architectural.load(processor, architectural.PCE, known.pce_sigstruct)
-    fresh = _pck(processor, pce, known.platform_ca, extensions[0].ppid, extensions[0].fmspc)
+    with architectural.loaded(processor, architectural.PCE, known.pce_sigstruct) as pce:
+        fresh = _pck(processor, pce, known.platform_ca, extensions[0].ppid, extensions[0].fmspc)
     files.write(path, _serialise(replace(known, pcks=(*known.pcks, fresh))))
 
 

@@ -56,10 +56,10 @@ class _Certified:
         self._public_key = point[1:]
         self._header = replace(header, user_data=architectural.qe_id(processor, self._secs) + bytes(4))
         binding = hashlib.sha256(self._public_key + _AUTH_DATA).digest() + bytes(32)
-        pce = architectural.load(processor, architectural.PCE, provisioning.pce_sigstruct)
-        own_report = processor.ereport(self._secs, report.target_info(identity(pce)), binding)
-        self._qe_report = own_report.body
-        self._qe_report_signature = _certify(processor, pce, own_report)
+        with architectural.loaded(processor, architectural.PCE, provisioning.pce_sigstruct) as pce:
+            own_report = processor.ereport(self._secs, report.target_info(identity(pce)), binding)
+            self._qe_report = own_report.body
+            self._qe_report_signature = _certify(processor, pce, own_report)
 
     def _sign(self, body: bytes) -> bytes:
         from .provisioning import sign_raw
