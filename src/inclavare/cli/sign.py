@@ -8,6 +8,7 @@ import click
 
 from ._enclaves import image_of, key_option, read_stored, require_stored, signing_key, sigstruct_fields, tls_option
 from ._output import Steps, json_option, note, print_fields, print_json
+from ._signing import service, service_options
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -24,7 +25,8 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     metavar="DATA SIGNATURE",
     help="Take a signature that was made elsewhere over the file from --gendata.",
 )
-@click.option("--public-key", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="For --catsig, PEM.")
+@click.option("--public-key", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="The signer's, PEM.")
+@service_options
 @click.option("--force", is_flag=True, help="Replace a destination that exists.")
 @tls_option
 @json_option
@@ -36,6 +38,11 @@ def command(
     gendata: Path | None,
     catsig: tuple[Path, Path] | None,
     public_key: Path | None,
+    signing_service: str | None,
+    token_file: Path | None,
+    ca: Path | None,
+    client_cert: Path | None,
+    client_key: Path | None,
     force: bool,
     tls_verify: bool,
     as_json: bool,
@@ -53,8 +60,11 @@ def command(
     from ..enclave.reference import Reference
     from ..sgx.measure import measure
 
-    if (catsig is None) != (public_key is None) or sum(map(bool, (gendata, catsig, key_path))) > 1:
-        raise click.UsageError("Give --key, or --gendata, or --catsig with --public-key.")
+    remote = service(signing_service, token_file, ca, client_cert, client_key)
+    if sum(way is not None for way in (gendata, catsig, key_path, remote)) > 1:
+        raise click.UsageError("Give --key, or --gendata, or --catsig with --public-key, or --signing-service.")
+    if (public_key is None) if catsig is not None else (public_key is not None and remote is None):
+        raise click.UsageError("--catsig needs --public-key, which belongs to it and to --signing-service.")
     reference = Reference.parse(target)
     if reference.kind != "image" and destination is not None:
         raise click.UsageError("A directory is signed in place; leave DESTINATION out.")
@@ -74,6 +84,9 @@ def command(
             data, signature = (path.read_bytes() for path in catsig)
             sigstruct = signing.attach_signature(data, signature, public_key.read_bytes())
             signing.check_sigstruct(sigstruct, image, manifest, mrenclave)
+        elif remote is not None:
+            data = signing.unsigned_data(image, manifest, mrenclave=mrenclave)
+            sigstruct = remote.sign(data, public_key.read_bytes() if public_key else None).to_bytes()
         else:
             sigstruct = signing.sign_image(image, manifest, signing_key(key_path), mrenclave=mrenclave)
         signed = stored.Stored(found.manifest_json, found.tree_bytes, sigstruct, found.source, found.build)
