@@ -30,6 +30,13 @@ EXITS = bytes.fromhex(
 )
 # The second reports an exception: run->function = ecx, vector = di, error code = si, address = rdx.
 FAULTS = bytes.fromhex("554889e553488b5d10894b0866897b0c6689730e4889531031c05bc9c3")
+# Calls a trampoline (rdi) with run (rsi), target (rdx), out (rcx) and R9 = r8, with known values in rbx, rbp and r12–r15,
+# and returns zero if they come back.
+PRESERVES = bytes.fromhex(
+    "555341544155415641574d89c14889f8515256b902000000bb0b000000bdbb00000041bc1200000041bd1300000041be1400000041bf15"
+    "000000ffd04883c41831c04883eb0b4809d84881edbb0000004809e84983ec124c09e04983ed134c09e84983ee144c09f04983ef154c09"
+    "f8415f415e415d415c5b5dc3"
+)
 # The third returns -EINVAL.
 REFUSES = bytes.fromhex("b8eaffffffc3")
 
@@ -194,6 +201,15 @@ def test_registers_go_through_and_what_an_enclave_spoils_is_restored() -> None:
     assert libm.sqrtl(2.25) == 1.5
     gate.enter(0, function=Enclu.ERESUME, r9=ctypes.addressof(record))
     assert record[3] == Enclu.ERESUME
+
+
+def test_registers_that_a_function_has_to_keep() -> None:
+    check = ctypes.CFUNCTYPE(ctypes.c_uint64, *[ctypes.c_void_p] * 5)(executable(PRESERVES))
+    run, out, record = EnclaveRun(tcs=1), (ctypes.c_uint64 * 5)(), (ctypes.c_uint64 * 7)()
+    trampoline, target = executable(vdso._TRAMPOLINE), executable(EXITS)
+    places = [ctypes.addressof(item) for item in (run, out, record)]
+    assert check(trampoline, places[0], target, places[1], places[2]) == 0
+    assert out[0] == 0x11 and run.function == Enclu.EEXIT
 
 
 def test_an_exception_is_reported() -> None:
