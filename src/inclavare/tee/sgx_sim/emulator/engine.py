@@ -37,10 +37,10 @@ _EPC = 1 << 36
 _RAM = 1 << 37
 _ABORT = 1 << 38
 _SCRATCH = 1 << 39
-#: Linear address of the scratch page, while the engine itself uses it.
-_SCRATCH_LINEAR = 0xFFFF_FFFF_FFFF_E000
-_AREA = 0x100
-#: fxsave64 [rip + ...] and fxrstor64 [rip + ...], at the start of the scratch page and 64 bytes on.
+#: Linear address of the two scratch pages, one of code and one of data, while the engine itself uses them.
+_SCRATCH_LINEAR = 0xFFFF_FFFF_FFFF_0000
+_AREA = PAGE_SIZE
+#: fxsave64 [rip + ...] and fxrstor64 [rip + ...], at the start of the first page and 64 bytes on.
 _FXSAVE = bytes.fromhex("480fae05") + (_AREA - 8).to_bytes(4, "little")
 _FXRSTOR = bytes.fromhex("480fae0d") + (_AREA - 0x48).to_bytes(4, "little")
 #: FXSAVE's bytes that are state: not MXCSR_MASK and not the reserved end.
@@ -181,7 +181,7 @@ class Engine:
         uc.ctl_exits_enabled(True)
         uc.ctl_set_exits([])
         uc.mem_map(_EPC, self._lp.processor.epc_pages * PAGE_SIZE)
-        uc.mem_map(_SCRATCH, PAGE_SIZE)
+        uc.mem_map(_SCRATCH, 2 * PAGE_SIZE)
         uc.mem_write(_SCRATCH, _FXSAVE.ljust(0x40, b"\x90") + _FXRSTOR)
         uc.mmio_map(
             _ABORT,
@@ -207,6 +207,8 @@ class Engine:
         self._stopped = False
         self._before = 0
         self._current: tuple[Instruction, ...] = ()
+        #: Address of the current block, if it need not be looked at when it runs once more: string instructions.
+        self._again: int | None = None
 
     # --- running -----------------------------------------------------------------------------------------------
 
@@ -349,8 +351,8 @@ class Engine:
     def _fill_checked(self, linear: int, kind: AccessKind, entry: Any) -> bool:
         page = linear & ~(PAGE_SIZE - 1)
         if self._scratch:
-            entry.paddr, entry.perms = _SCRATCH, 7
-            return page == _SCRATCH_LINEAR
+            entry.paddr, entry.perms = _SCRATCH + page - _SCRATCH_LINEAR, 7
+            return True
         found = self._lp.translate(linear, kind)
         if found.ram is not None:
             physical = self._ordinary(found.ram)
@@ -371,6 +373,8 @@ class Engine:
         # The entry replaces the one before; a write is granted only once it is asked for, so that pages stay clean.
         granted = self._granted.setdefault(page, set())
         granted.add(kind)
+        if kind == "w":
+            self._again = None
         entry.paddr = physical
         entry.perms = sum(self._permission[one] for one in granted)
         return True
@@ -380,7 +384,9 @@ class Engine:
         if self._scratch:
             return
         self._before += len(self._current)
-        self._current = ()
+        if address == self._again:
+            return
+        self._current, self._again = (), None
         if address == self._until:
             self._at_until = self._stopped = True
             self._uc.emu_stop()
@@ -404,6 +410,8 @@ class Engine:
                 self._uc.emu_stop()
                 return
         self._current = block
+        if not self._planned and not self._written_code(address, size):
+            self._again = address
 
     def _interrupt(self, _uc: Any, vector: int, _data: object) -> None:
         """An exception that unicorn itself raises."""
@@ -478,7 +486,7 @@ class Engine:
         physical = self._code.get(address & ~(PAGE_SIZE - 1), 0)
         key = (address, size, physical)
         known = self._blocks.get(key)
-        if known is not None and not self._dirty_code(address, size):
+        if known is not None and not self._written_code(address, size):
             return known
         sgx2 = self._lp.processor.features.sgx2
         found = tuple(
@@ -487,10 +495,10 @@ class Engine:
         self._blocks[key] = found
         return found
 
-    def _dirty_code(self, address: int, size: int) -> bool:
+    def _written_code(self, address: int, size: int) -> bool:
         """Whether the code may have been written since it was last disassembled."""
-        pages = {address & ~(PAGE_SIZE - 1), (address + size - 1) & ~(PAGE_SIZE - 1)}
-        return any("w" in self._granted.get(page, ()) for page in pages)
+        first, last = address & ~(PAGE_SIZE - 1), (address + size - 1) & ~(PAGE_SIZE - 1)
+        return "w" in self._granted[first] or (last != first and "w" in self._granted[last])
 
     # --- registers ---------------------------------------------------------------------------------------------
 
@@ -521,7 +529,7 @@ class Engine:
         self._xsave = registers.xsave
 
     def _on_scratch(self, offset: int) -> None:
-        """Run one instruction of the scratch page."""
+        """Run one instruction of the scratch pages."""
         self._scratch = True
         try:
             self._uc.ctl(*self._flush_tlb)
