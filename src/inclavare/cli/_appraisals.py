@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
+import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +31,63 @@ root_option = click.option(
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="Root CA of a simulated platform, PEM or DER; as trust_anchor in the policy. Never used for hardware.",
 )
+collateral_option = click.option(
+    "--collateral",
+    "collateral_path",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Collateral (JSON), for a quote or certificate that carries none.",
+)
+report_data_option = click.option(
+    "--report-data", help="What the report data must be, hexadecimal; zero-padded to 64 bytes."
+)
+at_option = click.option(
+    "--at", help="Verify for this time instead of now: seconds since 1970 or 2026-01-31T12:00:00Z."
+)
+
+
+def read_evidence(name: str) -> bytes:
+    """A file's bytes, or standard input's for ``-``.
+
+    Raises:
+        UsageError: unreadable.
+    """
+    if name == "-":
+        return sys.stdin.buffer.read(16 << 20)
+    try:
+        return Path(name).read_bytes()
+    except OSError as error:
+        raise UsageError(f"{name} cannot be read", id="cli.verify.file", found=error.strerror) from None
+
+
+def read_collateral(path: Path) -> Any:
+    """JSON of ``--collateral``.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UsageError(
+            f"{path} is not JSON", id="cli.verify.collateral", found=error, expected="collateral as JSON"
+        ) from None
+
+
+def moment(text: str) -> int:
+    """Seconds since 1970 of ``--at``.
+
+    Raises:
+        UsageError: not a time.
+    """
+    try:
+        if text.isdigit():
+            return int(text)
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise UsageError(
+            "--at is not a time", id="cli.verify.time", found=text, expected="1767225600 or 2026-01-01T00:00:00Z"
+        ) from None
+    return int((found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp())
 
 
 def hex_bytes(text: str, what: str, minimum: int, maximum: int) -> bytes:

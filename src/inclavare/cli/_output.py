@@ -29,7 +29,10 @@ def json_option(function: _F) -> _F:
         ctx.meta["inclavare.json"] = value
         return value
 
-    return click.option("--json", "as_json", is_flag=True, callback=remember, help="Print JSON.")(function)
+    # Eager, so that what another option's callback refuses is told as JSON too.
+    return click.option("--json", "as_json", is_flag=True, is_eager=True, callback=remember, help="Print JSON.")(
+        function
+    )
 
 
 def print_json(value: object) -> None:

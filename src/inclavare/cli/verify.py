@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from datetime import UTC, datetime
 from pathlib import Path
 
 import click
 
-from ..errors import UsageError
-from ._appraisals import finish, hex_bytes, load_policy, policy_option, root_option
+from ._appraisals import (
+    at_option,
+    collateral_option,
+    finish,
+    hex_bytes,
+    load_policy,
+    moment,
+    policy_option,
+    read_collateral,
+    read_evidence,
+    report_data_option,
+    root_option,
+)
 from ._output import json_option
 
 
@@ -18,15 +26,10 @@ from ._output import json_option
 @click.argument("evidence_path", metavar="EVIDENCE")
 @policy_option
 @root_option
-@click.option(
-    "--collateral",
-    "collateral_path",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Collateral (JSON), for a quote or certificate that carries none.",
-)
+@collateral_option
 @click.option("--nonce", help="The challenge that the evidence must answer, hexadecimal.")
-@click.option("--report-data", help="What the report data must be, hexadecimal; zero-padded to 64 bytes.")
-@click.option("--at", help="Verify for this time instead of now: seconds since 1970 or 2026-01-31T12:00:00Z.")
+@report_data_option
+@at_option
 @json_option
 def command(
     *,
@@ -49,14 +52,9 @@ def command(
     from ..attestation import Evidence, verify
     from ..attestation.policy import Policy
 
-    evidence = Evidence.load(_read(evidence_path))
+    evidence = Evidence.load(read_evidence(evidence_path))
     if collateral_path is not None:
-        try:
-            evidence = evidence.with_collateral(json.loads(collateral_path.read_bytes()))
-        except ValueError as error:
-            raise UsageError(
-                f"{collateral_path} is not JSON", id="cli.verify.collateral", found=error, expected="collateral as JSON"
-            ) from None
+        evidence = evidence.with_collateral(read_collateral(collateral_path))
     policy = Policy() if policy_path is None else load_policy(policy_path, None)
     if root_path is not None:
         policy = policy.with_trust_anchor(root_path.read_bytes())
@@ -65,27 +63,6 @@ def command(
         policy,
         nonce=None if nonce is None else hex_bytes(nonce, "--nonce", 1, 64),
         report_data=None if report_data is None else hex_bytes(report_data, "--report-data", 1, 64),
-        now=None if at is None else _time(at),
+        now=None if at is None else moment(at),
     )
     finish(result, as_json=as_json)
-
-
-def _read(name: str) -> bytes:
-    if name == "-":
-        return sys.stdin.buffer.read(16 << 20)
-    try:
-        return Path(name).read_bytes()
-    except OSError as error:
-        raise UsageError(f"{name} cannot be read", id="cli.verify.file", found=error.strerror) from None
-
-
-def _time(text: str) -> int:
-    try:
-        if text.isdigit():
-            return int(text)
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise UsageError(
-            "--at is not a time", id="cli.verify.time", found=text, expected="1767225600 or 2026-01-01T00:00:00Z"
-        ) from None
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
