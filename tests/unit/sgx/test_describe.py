@@ -159,7 +159,7 @@ TYPICAL: dict[str, bytes] = {
     "secs": SECS.to_bytes(),
     "tcs": structs.Tcs(ossa=0x2000, nssa=2, oentry=0x1000).to_bytes(),
     "va": paging.VersionArray.of([1, 2, 3, 1 << 63] * 20).to_bytes(),
-    "tdinfo": tdx.TdInfo(0, 0xE7, b"m" * 48, *[bytes(48)] * 7).to_bytes(),
+    "tdinfo": tdx.TdInfo(0, 0xE7, *[b"m" * 48] * 8).to_bytes(),
 }
 
 
@@ -336,6 +336,16 @@ def test_certificates_agree_with_cryptography(vectors: Path) -> None:
         assert len(shown) == len(certificate.extensions)
         for row, extension in zip(shown, certificate.extensions, strict=True):
             assert row.meaning == ("critical" if extension.critical else "")
+
+
+def test_unique_identifiers_are_passed_over(vectors: Path) -> None:
+    whole = der.only((vectors / "collateral" / "intel_sgx_root_ca.der").read_bytes(), der.SEQUENCE).children()
+    parts = [part.raw for part in whole[0].children()]
+    body = der.encode(der.SEQUENCE, b"".join([*parts[:-1], der.encode(0x81, b"\0x"), parts[-1]]))
+    rows = certificate_rows(der.encode(der.SEQUENCE, body + whole[1].raw + whole[2].raw))
+    assert [row.field for row in rows] == [
+        row.field for row in certificate_rows(der.encode(der.SEQUENCE, b"".join(part.raw for part in whole)))
+    ]
 
 
 def test_pck_certificate_shows_the_sgx_extension(vectors: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from structures import check_layout, check_reserved_bytes, check_round_trip
+from structures import check_layout, check_reserved_bytes, check_round_trip, fill
 
 from inclavare.sgx import launch, paging, ssa, structs, tdx
 from inclavare.sgx.quote import QuoteHeader
@@ -72,3 +72,23 @@ def test_short_byte_string_is_not_padded_silently() -> None:
 def test_integer_out_of_range() -> None:
     with pytest.raises(ValueError, match="keyrequest"):
         structs.KeyRequest(key_name=1 << 16).to_bytes()
+
+
+def test_attributes() -> None:
+    production = structs.Attributes(structs.ATTRIBUTE_INIT, 0x7)
+    debug = structs.Attributes(structs.ATTRIBUTE_INIT | structs.ATTRIBUTE_DEBUG, 0x7)
+    assert (production.debug, debug.debug) == (False, True)
+    assert debug.masked(structs.Attributes(structs.ATTRIBUTE_DEBUG, 0x3)) == structs.Attributes(2, 0x3)
+
+
+@given(st.data())
+def test_report_body_says_debug(data: st.DataObject) -> None:
+    body = structs.ReportBody.from_bytes(fill(structs.ReportBody, data))
+    assert body.debug == bool(body.attributes[0] & structs.ATTRIBUTE_DEBUG)
+
+
+@given(st.data())
+def test_signed_bytes_of_a_sigstruct(data: st.DataObject) -> None:
+    """Header and body, as SDM table 38-21 marks them; neither key nor signature nor Q1 and Q2."""
+    raw = fill(structs.Sigstruct, data)
+    assert structs.Sigstruct.from_bytes(raw).signed_bytes() == raw[:128] + raw[900:1028]
