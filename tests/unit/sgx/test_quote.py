@@ -235,6 +235,13 @@ def test_bodies(quote: Quote) -> None:
     assert caught.value.id == "evidence.quote.tee"
 
 
+def test_tdx_quotes_are_told_apart(vectors: Path) -> None:
+    quote = Quote.from_bytes(real(vectors, "tdx/oe_tdx_quote.bin"))
+    with pytest.raises(EvidenceError, match="a TD's, not an enclave's") as caught:
+        quote.report_body()
+    assert (caught.value.id, caught.value.found, caught.value.expected) == ("evidence.quote.tee", "TDX", "SGX")
+
+
 def test_reserved_bytes_of_bodies(vectors: Path) -> None:
     quote = Quote.from_bytes(real(vectors, SGX))
     for damaged in (
