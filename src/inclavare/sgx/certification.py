@@ -194,17 +194,18 @@ def certificates(pem: bytes) -> tuple[bytes, ...]:
     Raises:
         EvidenceError: ``evidence.quote.certification``.
     """
-    found = []
-    rest = bytes(pem).removesuffix(b"\0").strip()
-    while rest:
-        body, end, after = rest.removeprefix(_BEGIN).partition(_END)
+    text, found, at = bytes(pem).removesuffix(b"\0").strip(), [], 0
+    while at < len(text):
+        end = text.find(_END, at)
         try:
-            if not rest.startswith(_BEGIN) or not end:
+            if not text.startswith(_BEGIN, at) or end < 0:
                 raise ValueError("not a PEM certificate")
-            found.append(base64.b64decode(b"".join(body.split()), validate=True))
+            found.append(base64.b64decode(b"".join(text[at + len(_BEGIN) : end].split()), validate=True))
         except (binascii.Error, ValueError) as error:
             raise refused("certification", "a certificate of the chain is not PEM", str(error), "PEM") from None
-        rest = after.lstrip()
+        at = end + len(_END)
+        while text[at : at + 1].isspace():
+            at += 1
     if not found:
         raise refused("certification", "there is no certificate", "nothing", "PEM")
     return tuple(found)

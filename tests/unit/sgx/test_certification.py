@@ -70,6 +70,11 @@ def test_chains(ders: list[bytes], end: bytes) -> None:
     assert certificates(pem(*ders) + end) == tuple(ders)
 
 
+@pytest.mark.timeout(5)
+def test_long_chains_do_not_take_long() -> None:
+    assert len(certificates(pem(b"a") * 17000)) == 17000
+
+
 @pytest.mark.parametrize(
     "chain",
     [
