@@ -6,6 +6,7 @@ that. One thread, two SSA frames, no SDK. What it does is said in :mod:`.protoco
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib.resources import files
 
@@ -30,6 +31,13 @@ NSSA = 2
 def code() -> bytes:
     """The page of code, 4096 bytes; the entry point is its first byte."""
     return files(__name__).joinpath("skeleton.bin").read_bytes()
+
+
+@cache
+def symbols() -> dict[int, str]:
+    """The labels of the code by their offsets in bytes, from the listing."""
+    listing = files(__name__).joinpath("skeleton.lst").read_text(encoding="utf-8")
+    return {int(offset, 16): name for offset, name in re.findall(r"^([0-9a-f]{16}) <(\w+)>:$", listing, re.MULTILINE)}
 
 
 def image(*, debug: bool = False) -> EnclaveImage:

@@ -4,8 +4,23 @@ What unicorn has, runs: integer, x87 and SSE up to 4.2, AES-NI, PCLMULQDQ; no AV
 operands, unmasked SIMD exceptions and alignment checks. A page fault names the page, not the byte in it.
 """
 
-from .enclave import EmulatedEnclave
+from .enclave import EmulatedEnclave, unhandled
 from .engine import Breakpoint, DivideError
+from .instructions import Instruction
 from .machine import Exception_, Machine, Reason, Stop
+from .trace import Step, Tracer, loading
 
-__all__ = ["Breakpoint", "DivideError", "EmulatedEnclave", "Exception_", "Machine", "Reason", "Stop"]
+__all__ = [
+    "Breakpoint",
+    "DivideError",
+    "EmulatedEnclave",
+    "Exception_",
+    "Instruction",
+    "Machine",
+    "Reason",
+    "Step",
+    "Stop",
+    "Tracer",
+    "loading",
+    "unhandled",
+]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from ....errors import PlatformError
+from ....errors import PlatformError, UsageError
 from ....sgx.codes import Enclu
-from ....sgx.image import PAGE_SIZE
+from ....sgx.image import PAGE_SIZE, EnclaveImage
 from ...skeleton.protocol import HEADER, MAX_MESSAGE, Status, refusal
-from ..processor import Fault
+from ..processor import Driver, Fault, LoadedEnclave, PageFault, Processor
 from .engine import ENCLU
 from .machine import Machine, Reason, Stop
 
 #: Where the host keeps its code, stack and buffers, unless told otherwise.
 HOST_BASE = 0x10_0000
+#: Where enclaves lie, unless told otherwise.
+DEFAULT_BASE = 1 << 33
 _ENTER, _DONE, _AEP = 0, 3, 16
 _STACK, _REQUEST, _RESPONSE = PAGE_SIZE, 2 * PAGE_SIZE, 2 * PAGE_SIZE + MAX_MESSAGE
 _END = _RESPONSE + MAX_MESSAGE
@@ -23,20 +25,48 @@ class EmulatedEnclave:
     The host's code is real, too: EENTER at ``host_base``, ERESUME at the AEP 16 bytes on.
 
     Args:
-        machine: where the enclave is mapped.
-        tcs: linear address of a TCS.
-        host_base: linear address of 7 free pages, outside of the enclave.
+        machine: where the enclave is mapped. Evicted pages are brought back when they are missed.
+        driver: who loaded it there.
+        loaded: the enclave; its first thread is used.
+        host_base: linear address of 6 free pages, outside of the enclave.
     """
 
-    def __init__(self, machine: Machine, tcs: int, *, host_base: int = HOST_BASE) -> None:
+    def __init__(self, machine: Machine, driver: Driver, loaded: LoadedEnclave, *, host_base: int = HOST_BASE) -> None:
+        if not loaded.tcs:
+            raise UsageError("the enclave has no thread", id="tee.emulator.tcs", expected="a page of type PT_TCS")
         self.machine = machine
-        self.tcs = tcs
+        self.driver = driver
+        self.loaded = loaded
+        self.tcs = loaded.tcs[0]
         self.host_base = host_base
+        machine.handler = self.handle
         space = machine.space
         space.map_ram(host_base, PAGE_SIZE, writable=False, executable=True)
         space.map_ram(host_base + _STACK, _END - _STACK)
         space.poke(host_base + _ENTER, ENCLU)
         space.poke(host_base + _AEP, ENCLU)
+
+    @classmethod
+    def load(
+        cls, processor: Processor, image: EnclaveImage, sigstruct: bytes, *, base: int | None = None
+    ) -> EmulatedEnclave:
+        """Load an enclave in a machine of its own.
+
+        Args:
+            sigstruct: 1808 bytes.
+            base: its linear address; by default the first multiple of its size from 8 GiB on.
+
+        Raises:
+            InclavareError: see :meth:`Driver.load` and :class:`Machine`.
+        """
+        machine = Machine(processor)
+        driver = Driver(processor, machine.space)
+        loaded = driver.load(image, sigstruct, base=max(DEFAULT_BASE, image.size) if base is None else base)
+        return cls(machine, driver, loaded)
+
+    def handle(self, fault: Fault) -> bool:
+        """What the operating system does about an exception: it reloads a page that it had evicted."""
+        return isinstance(fault, PageFault) and fault.address is not None and self.driver.handle_fault(fault.address)
 
     @property
     def request_address(self) -> int:

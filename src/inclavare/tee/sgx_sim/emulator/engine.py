@@ -127,6 +127,9 @@ class Outcome:
 class Engine:
     """One unicorn instance, for one logical processor.
 
+    Attributes:
+        first: the instruction with which the last :meth:`run` began.
+
     Raises:
         PlatformError: ``tee.emulator.missing``: unicorn or capstone is not installed.
     """
@@ -171,6 +174,7 @@ class Engine:
         self._scratch = False
         self._planned = False
         self._until: int | None = None
+        self.first: Instruction | None = None
         self._reset()
         self._set_up(unicorn)
 
@@ -226,6 +230,7 @@ class Engine:
             PlatformError: ``tee.emulator.unsupported``: an instruction or exception that is not emulated.
         """
         self._until = None if self._lp.enclave_mode else until
+        self.first = None
         self._load()
         try:
             outcome = self._run(limit)
@@ -397,6 +402,8 @@ class Engine:
             self._failure, self._stopped = error, True
             self._uc.emu_stop()
             return
+        if self.first is None and block:
+            self.first = block[0]
         if not self._planned:
             enclave = self._lp.enclave_mode
             for index, one in enumerate(block):

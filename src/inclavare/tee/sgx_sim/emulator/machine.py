@@ -9,6 +9,7 @@ from enum import Enum
 from ....errors import ResourceError
 from ..processor import AddressSpace, Fault, LogicalProcessor, Processor
 from .engine import Ended, Engine
+from .instructions import Instruction
 
 #: Instructions that one run may execute, unless told otherwise.
 DEFAULT_BUDGET = 50_000_000
@@ -66,6 +67,7 @@ class Machine:
             execution goes on (in an enclave by way of the AEP).
         interrupt_every: an interrupt after so many instructions in enclave mode.
         observers: told about each exception.
+        on_instruction: told about each instruction, which makes everything slow.
         instructions: executed so far; ``enclave_instructions``: those in enclave mode.
 
     Raises:
@@ -80,6 +82,7 @@ class Machine:
         self.handler: Callable[[Fault], bool] | None = None
         self.interrupt_every: int | None = None
         self.observers: list[Callable[[Exception_], None]] = []
+        self.on_instruction: Callable[[Instruction], None] | None = None
         self.instructions = 0
         self.enclave_instructions = 0
         self._engine = Engine(self.logical)
@@ -102,6 +105,8 @@ class Machine:
         end = self.instructions + self.budget
         while logical.enclave_mode or logical.registers.rip != until:
             outcome = self._engine.run(self._limit(end), until=until)
+            if self.on_instruction is not None and self._engine.first is not None:
+                self.on_instruction(self._engine.first)
             self._count(outcome.instructions)
             fault = outcome.fault
             if outcome.ended is Ended.SYSTEM_CALL:
@@ -128,6 +133,8 @@ class Machine:
                 found=f"{self.budget} instructions",
                 remedy="allow more, if the code is meant to run that long",
             )
+        if self.on_instruction is not None:
+            return 1
         if not self.logical.enclave_mode or not self.interrupt_every:
             return left
         return max(1, min(left, self.interrupt_every - self._since_interrupt))
