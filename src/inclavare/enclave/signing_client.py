@@ -123,5 +123,5 @@ class SigningService:
 def _refusal(status: int, answer: bytes) -> InclavareError:
     try:
         return InclavareError.from_dict(json.loads(answer)["error"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return PlatformError("the signing service failed", id="signing.service.failed", found=f"HTTP {status}")
