@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ...config import Config
 from ...errors import IntegrityError, PlatformError, UsageError
+from ...sgx.codes import Enclu
 from ...sgx.image import EnclaveImage
 from ...sgx.structs import ATTRIBUTE_DEBUG, ATTRIBUTE_INIT, ATTRIBUTE_PROVISIONKEY, Attributes, Secs, TargetInfo
 from ..base import Availability
 
 if TYPE_CHECKING:
+    import ctypes
+
     from .aesm import Aesm
     from .cpuid import Cpuid, SgxCpu
     from .driver import EnclaveFile
@@ -132,9 +135,7 @@ class HardwareEnclave:
         """
         import ctypes
 
-        from .. import skeleton
-        from ..skeleton.protocol import MAX_MESSAGE
-        from .vdso import fault
+        from ..skeleton.protocol import MAX_MESSAGE, Status, refusal
 
         if self._gate is None:
             raise PlatformError(
@@ -145,21 +146,41 @@ class HardwareEnclave:
             )
         with self._lock:
             if not self._pages:
-                raise PlatformError("the enclave is not running", id="tee.enclave.state", found="destroyed")
+                raise PlatformError(
+                    "the enclave is not running", id="tee.enclave.state", found="destroyed", remedy="start it again"
+                )
             # Numbers of 64 bits, because the enclave wants both buffers at multiples of 8.
             asked = (ctypes.c_uint64 * (-(-len(request) // 8)))()
             answer = (ctypes.c_uint64 * (MAX_MESSAGE // 8))()
             ctypes.memmove(asked, request, len(request))
-            left = self._gate.enter(
-                self._file.base + skeleton.TCS,
-                rdi=ctypes.addressof(asked),
-                rsi=ctypes.sizeof(asked),
-                rdx=ctypes.addressof(answer),
-                r8=ctypes.sizeof(answer),
-            )
-            if not left.exited:
-                raise fault(left, self._file.base, self._file.size)
+            status = self._run(self._gate, asked, answer)
+            # These two come in the register only: there may be no response.
+            if status in (Status.BUFFER, Status.EXCEPTION):
+                raise refusal(status)
             return bytes(answer)
+
+    def _run(self, gate: Gate, request: ctypes.Array[Any], response: ctypes.Array[Any]) -> int:
+        """EENTER until the enclave exits; RDI as it left it. An exception goes to the enclave's own handler first."""
+        import ctypes
+
+        from .. import skeleton
+        from ..skeleton.protocol import Status
+        from .vdso import fault
+
+        tcs = self._file.base + skeleton.TCS
+        left = gate.enter(
+            tcs,
+            rdi=ctypes.addressof(request),
+            rsi=ctypes.sizeof(request),
+            rdx=ctypes.addressof(response),
+            r8=ctypes.sizeof(response),
+        )
+        while not left.exited:
+            handled = gate.enter(tcs) if left.function == Enclu.ERESUME else left
+            if not handled.exited or handled.registers[0] != Status.OK:
+                raise fault(left, self._file.base, self._file.size)
+            left = gate.enter(tcs, function=Enclu.ERESUME)
+        return left.registers[0]
 
     def destroy(self) -> None:
         """Close the driver's file, whereupon the kernel removes every page. Idempotent."""
@@ -337,10 +358,9 @@ class HardwarePlatform:
 
         if image != skeleton.image(debug=bool(image.attributes & ATTRIBUTE_DEBUG)):
             return None
-        from .syscalls import LINUX
         from .vdso import Gate
 
-        return Gate(self._enter, syscalls=self._syscalls or LINUX)
+        return Gate(self._enter)
 
     def quote_target_info(self) -> bytes:
         """TARGETINFO of AESM's quoting enclave, 512 bytes.

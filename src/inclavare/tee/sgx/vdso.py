@@ -223,6 +223,11 @@ _TRAMPOLINE = bytes.fromhex(
 )
 
 
+@cache
+def _trampoline(syscalls: Any) -> int:
+    return executable(_TRAMPOLINE, syscalls)
+
+
 class Gate:
     """The way into enclaves.
 
@@ -236,7 +241,7 @@ class Gate:
     def __init__(self, target: int | None = None, *, syscalls: Syscalls = LINUX) -> None:
         self._target = enter_function() if target is None else target
         try:
-            address = executable(_TRAMPOLINE, syscalls)
+            address = _trampoline(syscalls)
         except OSError as error:
             raise PlatformError(
                 "enclaves cannot be entered by this process",

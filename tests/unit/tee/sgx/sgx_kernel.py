@@ -53,6 +53,7 @@ class Page:
     protection: int
     content: bytes
     type: int
+    measured: bool = True
 
 
 @dataclass
@@ -219,7 +220,9 @@ class Kernel:
                 raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
             self._take(1)
             content = ctypes.string_at(values["src"] + done, PAGE)
-            state.pages[offset] = Page(flags, 3 if kind == 0x100 else permissions, content, kind >> 8)
+            state.pages[offset] = Page(
+                flags, 3 if kind == 0x100 else permissions, content, kind >> 8, bool(values["flags"] & 1)
+            )
             state.measurement.update(b"EADD\0\0\0\0" + struct.pack("<QQ", offset, flags).ljust(56, b"\0"))
             if values["flags"] & 1:
                 for at in range(0, PAGE, 256):
