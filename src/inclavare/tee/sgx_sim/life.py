@@ -61,25 +61,30 @@ def initialise(
     provisioning.collateral(directory, cpu.Processor(made.roots))
 
 
-def reset(config: Config) -> bool:
-    """Remove the platform with everything that only it can read. False if there was none.
+def exists(config: Config) -> bool:
+    """Whether there is a platform, or something of one."""
+    directory = config.platform_dir
+    return directory.is_dir() and any(path.name != ".lock" for path in directory.iterdir())
+
+
+def reset(config: Config) -> None:
+    """Remove the platform with everything that only it can read. Idempotent.
 
     Raises:
         PlatformError: ``tee.epc.busy``: enclaves are running.
     """
     directory = config.platform_dir
-    if not directory.is_dir():
-        return False
+    if not exists(config):
+        return
     files.private_directory(directory)
     with epc.vacant(config), files.locked(directory):
-        there = sorted(path for path in directory.iterdir() if path.name != ".lock")
+        there = (path for path in directory.iterdir() if path.name != ".lock")
         # The fuses go last: until then the platform is what it was, and this can be repeated.
         for path in sorted(there, key=lambda path: path.name == fuses.FILE):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-    return bool(there)
 
 
 def set_tcb(config: Config, *, cpusvn: bytes | None = None, **changes: Any) -> tcb.Tcb:
