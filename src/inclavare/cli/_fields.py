@@ -1,10 +1,8 @@
-"""Fields of SGX structures on the command line, and binary results."""
+"""Fields of SGX structures on the command line."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import click
 
@@ -39,29 +37,3 @@ def hexadecimal(size: int) -> Callable[[str], bytes]:
 
     convert.__name__ = "hex"
     return convert
-
-
-def write_binary(content: bytes, output: Path | None) -> None:
-    """Bytes to a file, or to standard output unless that is a terminal.
-
-    Raises:
-        UsageError: it is a terminal, or the file cannot be written.
-    """
-    from ..errors import UsageError
-
-    if output is not None and str(output) != "-":
-        from ..enclave.paths import write_atomically
-
-        try:
-            write_atomically(output, content)
-        except OSError as error:
-            raise UsageError(f"{output} cannot be written", id="cli.output", found=error.strerror) from None
-        return
-    if sys.stdout.isatty():
-        raise UsageError(
-            "binary data is not written to a terminal",
-            id="cli.output",
-            found=f"{len(content)} bytes",
-            remedy="name a file with -o, or redirect the output",
-        )
-    sys.stdout.buffer.write(content)

@@ -195,4 +195,4 @@ def test_binary_is_not_written_to_a_terminal(key: Path) -> None:
     command = f"{sys.executable} -c '{code}' sgx sign --mrenclave {MRENCLAVE} --key {key}"
     shown = subprocess.run(["script", "-qec", command, "/dev/null"], capture_output=True, stdin=subprocess.DEVNULL)
     assert shown.returncode == 2
-    assert b"binary data is not written to a terminal" in shown.stdout
+    assert b"binary data are not written to a terminal" in shown.stdout

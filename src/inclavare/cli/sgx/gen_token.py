@@ -7,28 +7,25 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .._fields import number, write_binary
+from .._fields import number
+from .._files import FILE, read_input, write_output
 from .._output import json_option, print_fields, print_json
+from ._quotes import tee_option
 
 if TYPE_CHECKING:
     from ...sgx.structs import Attributes, Sigstruct
 
 
 @click.command("gen-token")
-@click.option(
-    "--signature",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    required=True,
-    help="The enclave's SIGSTRUCT, 1808 bytes.",
-)
+@click.option("--signature", type=FILE, required=True, help="The enclave's SIGSTRUCT, 1808 bytes.")
 @click.option(
     "-o",
     "--token",
     "output",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     help="Where the EINITTOKEN goes, 304 bytes.  [default: the signature's name with .token instead of .sig]",
 )
-@click.option("--tee", type=click.Choice(["sgx", "sgx-sim"]), default="sgx", show_default=True)
+@tee_option
 @click.option("--debug", is_flag=True, help="For a debug enclave, where the signer leaves DEBUG open.")
 @click.option("--xfrm", type=number(64), help="The enclave's XFRM, where the signer leaves it open.")
 @click.option("--verbose", is_flag=True, help="Show the token's fields.")
@@ -52,7 +49,7 @@ def command(
     from ...sgx.launch import EinitToken
     from ...sgx.structs import ATTRIBUTE_DEBUG, Attributes, Sigstruct
 
-    signed = Sigstruct.from_bytes(signature.read_bytes())
+    signed = Sigstruct.from_bytes(read_input(signature, 1 << 16))
     sigstruct.verify(signed)
     allowed, mask = Attributes.from_bytes(signed.attributes), Attributes.from_bytes(signed.attribute_mask)
     attributes = Attributes(allowed.flags | (ATTRIBUTE_DEBUG if debug else 0), allowed.xfrm if xfrm is None else xfrm)
@@ -66,8 +63,10 @@ def command(
             remedy="leave out --debug and --xfrm, or sign the enclave again",
         )
     token = (_simulated if tee == "sgx-sim" else _hardware)(signed, attributes)
-    output = output or signature.with_name(signature.name.removesuffix(".sig") + ".token")
-    write_binary(token, output)
+    if output is None:
+        name = signature.name
+        output = signature if name == "-" else signature.with_name(name.removesuffix(".sig") + ".token")
+    write_output(output, token, mode=0o644)
     parsed = EinitToken.from_bytes(token)
     launch = Attributes.from_bytes(parsed.masked_attributes_le)
     fields = {

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from .._fields import hexadecimal, number, write_binary
+from .._fields import hexadecimal, number
+from .._files import FILE, output_option, read_input, write_output
 from .._output import json_option, note, print_fields, print_json
 from .._signing import service, service_options
 
 if TYPE_CHECKING:
     from ...sgx.structs import Sigstruct
 
-_FILE = click.Path(path_type=Path, dir_okay=False)
 _EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
@@ -59,9 +59,9 @@ def _field_options(function: Any) -> Any:
 @click.command("sign")
 @click.argument("source", required=False)
 @click.option("--mrenclave", type=hexadecimal(32), help="Sign the enclave with this MRENCLAVE, instead of SOURCE.")
-@click.option("-o", "--output", type=_FILE, help="Where the SIGSTRUCT goes (1808 bytes).  [default: standard output]")
+@output_option
 @click.option("--key", "key_path", type=_EXISTING, help="Signing key: RSA-3072, exponent 3, PEM.")
-@click.option("--gendata", type=_FILE, help="Write the 256 bytes that a signer elsewhere signs, and nothing else.")
+@click.option("--gendata", type=FILE, help="Write the 256 bytes that a signer elsewhere signs, and nothing else.")
 @click.option(
     "--catsig",
     nargs=2,
@@ -78,7 +78,7 @@ def command(
     *,
     source: str | None,
     mrenclave: bytes | None,
-    output: Path | None,
+    output_path: Path | None,
     key_path: Path | None,
     gendata: Path | None,
     catsig: tuple[Path, Path] | None,
@@ -116,7 +116,7 @@ def command(
             raise click.UsageError("--catsig needs --public-key.")
         if fields or config is not None:
             raise click.UsageError("With --catsig all fields are those of DATA.")
-        data, signature = (path.read_bytes() for path in catsig)
+        data, signature = (read_input(path, 1 << 16) for path in catsig)
         signed = sigstruct.catsig(data, signature, sigstruct.public_modulus(public_key.read_bytes()))
         expected = _measure(source)[0] if source is not None else mrenclave
         if expected is not None and signed.enclave_hash != expected:
@@ -126,7 +126,7 @@ def command(
                 found=signed.enclave_hash.hex(),
                 expected=expected.hex(),
             )
-        _finish(signed, output, as_json)
+        _finish(signed, output_path, as_json)
         return
     if source is None and mrenclave is None:
         raise click.UsageError("Give SOURCE or --mrenclave.")
@@ -137,17 +137,17 @@ def command(
     if key_path is not None:
         from ...enclave.signing import load_key
 
-        _finish(sigstruct.sign(measured, load_key(key_path), **all_fields), output, as_json)
+        _finish(sigstruct.sign(measured, load_key(key_path), **all_fields), output_path, as_json)
         return
     data = sigstruct.unsigned(measured, **all_fields).signed_bytes()
     if gendata is not None:
-        write_binary(data, gendata)
+        write_output(gendata, data, mode=0o644)
         if as_json:
             print_json({"data": str(gendata), "mrenclave": measured.hex()})
         elif str(gendata) != "-":
             note(f"sign {gendata} with RSA-3072 (exponent 3), PKCS#1 v1.5, SHA-256")
     elif remote is not None:
-        _finish(remote.sign(data, public_key.read_bytes() if public_key else None), output, as_json)
+        _finish(remote.sign(data, public_key.read_bytes() if public_key else None), output_path, as_json)
 
 
 def _measure(source: str) -> tuple[bytes, dict[str, int]]:
@@ -222,7 +222,7 @@ def _finish(signed: Sigstruct, output: Path | None, as_json: bool) -> None:
     to_stdout = output is None or str(output) == "-"
     if to_stdout and as_json:
         raise click.UsageError("With --json the SIGSTRUCT goes to a file: give -o.")
-    write_binary(raw, output)
+    write_output(output, raw, mode=0o644)
     if to_stdout:
         return
     fields = sigstruct_fields(raw)
