@@ -14,7 +14,6 @@ from .space import is_canonical, page_base
 if TYPE_CHECKING:
     from .logical import AccessKind, LogicalProcessor
 
-#: Page types that only the processor itself accesses; the others are PT_REG.
 SHARED, EXCLUSIVE = Access.SHARED, Access.EXCLUSIVE
 
 
@@ -65,6 +64,16 @@ def aligned(linear: int, alignment: int, rule: str) -> None:
         raise GeneralProtection(rule)
 
 
+def canonical(linear: int, rule: str) -> None:
+    """An address is canonical.
+
+    Raises:
+        GeneralProtection: ``rule``.
+    """
+    if not is_canonical(linear):
+        raise GeneralProtection(rule)
+
+
 def resolve(lp: LogicalProcessor, linear: int, access: AccessKind, rule: str) -> int:
     """The EPC page that ``linear`` resolves to.
 
@@ -72,8 +81,7 @@ def resolve(lp: LogicalProcessor, linear: int, access: AccessKind, rule: str) ->
         GeneralProtection: the address is not canonical.
         PageFault: the page tables do not allow the access, or it is not an EPC page (``rule``).
     """
-    if not is_canonical(linear):
-        raise GeneralProtection(rule)
+    canonical(linear, rule)
     mapping = lp.walk(linear, access)
     if mapping.epc_page is None:
         raise lp.epcm_fault(rule, linear, access)

@@ -88,7 +88,7 @@ def eadd(lp: LogicalProcessor) -> None:
     claim(lp, secs_page, EXCLUSIVE, "eadd.measurement-conflict", Resource.MEASUREMENT)
     if secs.initialised:
         raise GeneralProtection("eadd.initialised")
-    cpu.enclaves[secs.eid].eadd(info.linaddr - secs.base, flags)
+    cpu.enclaves[secs.eid].measurement.eadd(info.linaddr - secs.base, flags)
     cpu.write_epc(page, contents)
     cpu.epcm[page] = EpcmEntry.from_flags(flags, enclave_secs=secs_page, enclave_address=info.linaddr)
 
@@ -110,7 +110,7 @@ def eextend(lp: LogicalProcessor) -> None:
         raise GeneralProtection("eextend.initialised")
     start = rcx % PAGE_SIZE
     offset = entry.enclave_address - secs.base + start
-    cpu.enclaves[secs.eid].eextend(offset, cpu.read_epc(page, start, CHUNK))
+    cpu.enclaves[secs.eid].measurement.eextend(offset, cpu.read_epc(page, start, CHUNK))
 
 
 def einit(lp: LogicalProcessor) -> Status:

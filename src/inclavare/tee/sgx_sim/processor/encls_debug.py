@@ -8,7 +8,7 @@ from ....sgx.codes import Status
 from ....sgx.image import PAGE_SIZE
 from ....sgx.paging import PT_REG, PT_SECS, PT_TCS, PT_VA, RDINFO_BLOCKED, RDINFO_CHILDPRESENT, RdInfo
 from ....sgx.structs import Tcs
-from .access import SHARED, aligned, claim, claim_or_conflict, resolve, valid_page
+from .access import SHARED, aligned, canonical, claim, claim_or_conflict, resolve, valid_page
 from .epcm import EpcmEntry
 from .faults import GeneralProtection, LeafError
 
@@ -74,6 +74,7 @@ def erdinfo(lp: LogicalProcessor) -> Status:
     rbx, rcx, cpu = lp.registers.rbx, lp.registers.rcx, lp.processor
     aligned(rbx, 32, "erdinfo.rdinfo")
     aligned(rcx, PAGE_SIZE, "erdinfo.epcpage")
+    canonical(rcx, "erdinfo.epcpage")
     page = lp.walk(rcx, "r").epc_page
     if page is None:
         raise LeafError(Status.SGX_PG_NONEPC, "erdinfo.nonepc", carry=True)

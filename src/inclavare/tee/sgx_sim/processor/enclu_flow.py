@@ -10,7 +10,7 @@ from ....sgx.paging import PT_TCS
 from ....sgx.ssa import GprSgx, xsave_size
 from ....sgx.structs import ATTRIBUTE_AEXNOTIFY, XFRM_LEGACY, Tcs
 from . import frames, rules, xsave
-from .access import SHARED, aligned, claim, resolve
+from .access import SHARED, aligned, canonical, claim, resolve
 from .faults import GeneralProtection
 from .frames import Frame
 from .registers import (
@@ -26,7 +26,6 @@ from .registers import (
     RFLAGS_TF,
 )
 from .secs import EnclaveSecs
-from .space import is_canonical
 
 if TYPE_CHECKING:
     from .logical import Active, LogicalProcessor
@@ -39,11 +38,6 @@ _ADDRESSES = 1 << 64
 _URSP = GprSgx.LAYOUT.offsets["ursp"]
 #: Bytes of GPRSGX that are reserved: enclave software may have left anything there.
 _GPRSGX_RESERVED = slice(164, 167)
-
-
-def _canonical(linear: int, rule: str) -> None:
-    if not is_canonical(linear):
-        raise GeneralProtection(rule)
 
 
 def read_tcs(lp: LogicalProcessor, page: int) -> Tcs:
@@ -72,7 +66,7 @@ def _thread(lp: LogicalProcessor, rule: str) -> tuple[int, Tcs, int, EnclaveSecs
     rbx, rcx, cpu = lp.registers.rbx, lp.registers.rcx, lp.processor
     aligned(rbx, PAGE_SIZE, f"{rule}.tcs")
     page = resolve(lp, rbx, "w", f"{rule}.tcs")
-    _canonical(rcx, f"{rule}.aep")
+    canonical(rcx, f"{rule}.aep")
     claim(lp, page, SHARED, f"{rule}.conflict")
     entry = cpu.epcm[page]
     if not entry.valid:
@@ -109,8 +103,8 @@ def _thread(lp: LogicalProcessor, rule: str) -> tuple[int, Tcs, int, EnclaveSecs
 def _segments(tcs: Tcs, secs: EnclaveSecs, rule: str) -> tuple[int, int]:
     """FS and GS base as the TCS wants them."""
     fs, gs = (tcs.ofsbase + secs.base) % _ADDRESSES, (tcs.ogsbase + secs.base) % _ADDRESSES
-    _canonical(fs, f"{rule}.fsbase")
-    _canonical(gs, f"{rule}.gsbase")
+    canonical(fs, f"{rule}.fsbase")
+    canonical(gs, f"{rule}.gsbase")
     return fs, gs
 
 
@@ -172,7 +166,7 @@ def eenter(lp: LogicalProcessor) -> None:
         raise GeneralProtection("eenter.cssa")
     frame = frames.locate(lp, secs_page, secs, tcs, tcs.cssa)
     target = (tcs.oentry + secs.base) % _ADDRESSES
-    _canonical(target, "eenter.oentry")
+    canonical(target, "eenter.oentry")
     if tcs.state == ACTIVE:
         raise GeneralProtection("eenter.active")
     _enter(lp, page, tcs, secs_page, secs, frame, segments, target)
@@ -181,7 +175,7 @@ def eenter(lp: LogicalProcessor) -> None:
 def eexit(lp: LogicalProcessor) -> None:
     """EEXIT: RBX where execution goes on; RCX ← the AEP."""
     registers = lp.registers
-    _canonical(registers.rbx, "eexit.target")
+    canonical(registers.rbx, "eexit.target")
     active = _active(lp)
     registers.rip = registers.rbx
     registers.rcx = read_tcs(lp, active.tcs_page).aep
@@ -202,10 +196,10 @@ def eresume(lp: LogicalProcessor) -> None:
             raise GeneralProtection("eresume.nssa")
         frame = frames.locate(lp, secs_page, secs, tcs, tcs.cssa)
     target = (tcs.oentry + secs.base) % _ADDRESSES if notify else saved.rip
-    _canonical(target, "eresume.target")
+    canonical(target, "eresume.target")
     segments = _segments(tcs, secs, "eresume") if notify else (saved.fsbase, saved.gsbase)
-    _canonical(segments[0], "eresume.fsbase")
-    _canonical(segments[1], "eresume.gsbase")
+    canonical(segments[0], "eresume.fsbase")
+    canonical(segments[1], "eresume.gsbase")
     if tcs.state == ACTIVE:
         raise GeneralProtection("eresume.active")
     if notify:

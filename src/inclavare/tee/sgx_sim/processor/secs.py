@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ....sgx.image import PAGE_SIZE, PageRun
 from ....sgx.keys import Identity
-from ....sgx.measure import Measurement
+from ....sgx.measure import EEXTEND, Measurement
 from ....sgx.structs import ATTRIBUTE_INIT, ATTRIBUTE_MODE64BIT, Attributes, Layout, Secs, Structure
 
 _EEXTEND = struct.Struct("<8sQ48x")
@@ -100,25 +100,29 @@ class EnclaveSecs:
         )
 
 
+class RunningMeasurement(Measurement):
+    """MRENCLAVE before EINIT, instruction by instruction: a SHA-256 that goes on."""
+
+    def eadd(self, offset: int, flags: int) -> None:
+        """Measure that a page was added at ``offset`` bytes from the base."""
+        self.add(PageRun(offset, flags, 1, None, measured=False))
+
+    def eextend(self, offset: int, chunk: bytes) -> None:
+        """Measure 256 bytes at ``offset`` bytes from the base."""
+        self._hash.update(_EEXTEND.pack(EEXTEND, offset) + chunk)
+
+
 @dataclass(slots=True)
 class EnclaveState:
     """What the processor keeps about an enclave by its EID, so that it outlives the eviction of the SECS page.
 
     Attributes:
-        measurement: SECS.MRENCLAVE before EINIT: a SHA-256 that goes on.
+        measurement: SECS.MRENCLAVE before EINIT.
         epoch: the number of completed ETRACKs.
     """
 
-    measurement: Measurement = field(default_factory=Measurement)
+    measurement: RunningMeasurement = field(default_factory=RunningMeasurement)
     epoch: int = 0
-
-    def eadd(self, offset: int, flags: int) -> None:
-        """Measure that a page was added at ``offset`` bytes from the base."""
-        self.measurement.add(PageRun(offset, flags, 1, None, measured=False))
-
-    def eextend(self, offset: int, chunk: bytes) -> None:
-        """Measure 256 bytes at ``offset`` bytes from the base."""
-        self.measurement._hash.update(_EEXTEND.pack(b"EEXTEND\0", offset) + chunk)
 
 
 assert _INTERNAL.stop - _INTERNAL.start == Internal.LAYOUT.size
