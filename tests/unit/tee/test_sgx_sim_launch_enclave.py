@@ -6,9 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from small_enclaves import Signers, sign_image, small_image
 
-from inclavare.errors import PlatformError, PolicyError
+from inclavare.errors import IntegrityError, PlatformError, PolicyError
 from inclavare.sgx.keys import RootKeys
+from inclavare.sgx.sigstruct import mrsigner
 from inclavare.sgx.structs import (
     ATTRIBUTE_DEBUG,
     ATTRIBUTE_EINITTOKENKEY,
@@ -20,6 +22,7 @@ from inclavare.sgx.structs import (
 )
 from inclavare.sgx.tokens import TokenRefused, check_token
 from inclavare.tee.sgx_sim import fuses, launch_enclave
+from inclavare.tee.sgx_sim import processor as full
 from inclavare.tee.sgx_sim.cpu import Processor
 
 _ENCLAVE = {"mrenclave": b"e" * 32, "mrsigner": b"g" * 32}
@@ -74,3 +77,35 @@ def test_a_damaged_one_is_refused(tmp_path: Path) -> None:
         with pytest.raises(PlatformError) as caught:
             launch_enclave.signature(tmp_path)
         assert caught.value.id == "tee.launch.damaged"
+
+
+def test_launch_control_of_the_full_processor_honours_its_tokens(
+    tmp_path: Path, roots: RootKeys, signers: Signers
+) -> None:
+    """IA32_SGXLEPUBKEYHASH stays the launch enclave's: what starts the other enclave is the token."""
+    driver = full.Driver(full.Processor(roots, epc_pages=32), full.AddressSpace())
+    driver.load(launch_enclave.image(), launch_enclave.signature(tmp_path), base=0x10000000)
+    assert driver.processor.le_pubkey_hash == launch_enclave.key_hash(tmp_path)
+    image = small_image()
+    signed = sign_image(image, signers.ours)
+    token = launch_enclave.get_token(
+        tmp_path,
+        Processor(roots),
+        mrenclave=signed.enclave_hash,
+        mrsigner=mrsigner(signed.modulus),
+        attributes=Attributes(image.attributes, image.xfrm),
+    ).to_bytes()
+    started = driver.load(image, signed.to_bytes(), base=0x20000000, token=token)
+    assert driver.processor.le_pubkey_hash == launch_enclave.key_hash(tmp_path)
+    driver.remove(started)
+    for damaged, id in (
+        (token[:-1] + bytes([token[-1] ^ 1]), "sgx.einittoken.mac"),
+        (token[:4] + b"\1" + token[5:], "sgx.einittoken.reserved"),
+    ):
+        with pytest.raises(IntegrityError) as caught:
+            driver.load(image, signed.to_bytes(), base=0x20000000, token=damaged)
+        assert caught.value.id == id
+    other = sign_image(small_image(b"other"), signers.ours)
+    with pytest.raises(IntegrityError) as caught:
+        driver.load(small_image(b"other"), other.to_bytes(), base=0x20000000, token=token)
+    assert caught.value.id == "sgx.einittoken.measurement"
