@@ -49,7 +49,8 @@ def seal(data: bytes, *, policy: str = "mrenclave", aad: bytes = b"", counter: s
     from ..sgx.structs import ReportBody
 
     bits = sealing.parse_policy(policy)
-    body = ReportBody.from_bytes(_file("report").read_bytes()[: ReportBody.LAYOUT.size])
+    with _file("report").open("rb", buffering=0) as report:
+        body = ReportBody.from_bytes(report.read(ReportBody.LAYOUT.size))
     number = None if counter is None else _next(sealing.owner(bits), counter)
     return sealing.seal(data, sealing.new_request(body, bits), _egetkey, aad=aad, counter=number)
 

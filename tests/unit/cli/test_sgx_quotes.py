@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,29 @@ def test_where_collateral_comes_from(
     refused("tee.sgx.pccs", 5, "verify-quote", "--quote", "q", "--pccs", "http://127.0.0.1:9", *policy)
     report = ReportBody.from_bytes(Report.from_bytes(Path("report").read_bytes()).body)
     assert report.mrenclave == enclave.mrenclave
+
+
+def test_collateral_from_a_pccs(enclave: SimulatedEnclave, policy: tuple[str | Path, ...], here: Config) -> None:
+    pytest.importorskip("uvicorn")
+    from inclavare.tee.sgx_sim import pccs
+
+    quoted(enclave)
+    listening = pccs.listen("127.0.0.1", 0, plain=True)
+    server = pccs.server(here, None)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        for form in (url, f"{url}/", f"{url}/sgx/certification/v4/"):
+            done = call("verify-quote", "--quote", "q", "--pccs", form, *policy)
+            assert done.exit_code == 0, done.output
+        # Collateral proves itself: who answers is not trusted, and without the root nothing is accepted.
+        assert call("verify-quote", "--quote", "q", "--pccs", url, *policy[:2]).exit_code == 4
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        listening.close()
+    assert not thread.is_alive()
 
 
 def test_a_real_quote_with_its_collateral(vectors: Path) -> None:
