@@ -55,8 +55,9 @@ _ILLEGAL = frozenset(
 _PORTS = frozenset(("in", "insb", "insw", "insd", "out", "outsb", "outsw", "outsd"))
 _PRIVILEGED = frozenset(
     (
-        *("hlt", "cli", "sti", "lgdt", "lidt", "lldt", "ltr", "lmsw", "clts", "invd", "wbinvd", "invlpg", "invpcid"),
+        *("hlt", "cli", "sti", "lgdt", "lidt", "lldt", "ltr", "lmsw", "clts", "invd", "wbinvd", "wbnoinvd", "invlpg"),
         *("rdmsr", "wrmsr", "rdpmc", "swapgs", "sysret", "sysretq", "sysexit", "sysexitq", "monitor", "mwait"),
+        *("invpcid", "monitorx", "mwaitx"),
         *("xsetbv", "clac", "stac", "getsec", "vmcall", "vmfunc", "vmlaunch", "vmresume", "vmxoff", "vmxon"),
         *("vmread", "vmwrite", "vmptrld", "vmptrst", "vmclear", "invept", "invvpid", "vmrun", "vmload", "vmsave"),
         *("stgi", "clgi", "skinit", "invlpga", "vmmcall", "rsm"),
@@ -73,7 +74,12 @@ def classify(address: int, size: int, mnemonic: str, operands: str, *, sgx2: boo
     # A prefix is a word of its own in capstone's mnemonic ("rep insb").
     name = mnemonic.rpartition(" ")[2]
     first = operands.partition(",")[0].strip()
-    loads_segment = name in _LOADS_SEGMENT or (name in ("mov", "pop") and first in _SEGMENTS)
+    # capstone calls a far jump or call through memory of 48 bits "jmp ptr […]", those of other widths "ljmp […]".
+    loads_segment = (
+        name in _LOADS_SEGMENT
+        or (name in ("mov", "pop") and first in _SEGMENTS)
+        or (name in ("jmp", "call") and operands.startswith("ptr "))
+    )
     action: Action | None = None
     outside: Action | None = None
     if name in ("rdrand", "rdseed"):

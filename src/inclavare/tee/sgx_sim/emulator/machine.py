@@ -114,6 +114,8 @@ class Machine:
             if outcome.ended is Ended.LEAF:
                 try:
                     self._count(1)
+                    if not logical.enclave_mode:
+                        self._since_interrupt = 0
                     logical.enclu()
                 except Fault as raised:
                     fault = raised
