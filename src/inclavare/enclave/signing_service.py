@@ -261,11 +261,14 @@ def listen(host: str, port: int) -> socket.socket:
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=128)
+        listening = socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
         raise UsageError(
             f"cannot listen on {host}, port {port}", id="signing.listen", found=error.strerror or str(error)
         ) from None
+    # Connections inherit it; asyncio does not see that such a socket is TCP's. Without it each answer takes 40 ms more.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
 
 
 def own_certificate(directory: Path, names: Sequence[str]) -> tuple[Path, Path]:

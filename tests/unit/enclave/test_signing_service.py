@@ -693,6 +693,7 @@ def test_the_key_is_not_shown(tmp_path: Path, signers: Signers) -> None:
 
 def test_listen_on_what_is_taken_or_elsewhere() -> None:
     with signing_service.listen("127.0.0.1", 0) as first:
+        assert first.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         for host, port in (("127.0.0.1", first.getsockname()[1]), ("192.0.2.1", 0), ("no such host", 0)):
             with pytest.raises(UsageError) as caught:
                 signing_service.listen(host, port)
