@@ -1,7 +1,8 @@
 """The simulated processor: ECREATE, EADD, EEXTEND, EINIT, EREPORT, EGETKEY and EREMOVE on SECS and EPCM.
 
-Each instruction performs the checks that the SDM (vol. 3D, chapter 40) lists for it. Pages are kept as runs, so that an
-EPCM for a large heap of zero pages stays small; contents go into the memory encryption engine as they are added.
+What an instruction checks is in :mod:`.processor.rules`, for this processor and for the one that executes code; here
+its refusals become errors for people. Pages are kept as runs, so that an EPCM for a large heap of zero pages stays
+small; contents go into the memory encryption engine as they are added.
 """
 
 from __future__ import annotations
@@ -12,16 +13,15 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from ...errors import IntegrityError, PlatformError, ResourceError
-from ...sgx import keys, report, sigstruct
-from ...sgx.image import PAGE_SIZE, PT_REG, PT_TCS, SECINFO_R, SECINFO_W, SECINFO_X, EnclaveImage, PageRun
+from ...sgx import keys, report, sigstruct, structs
+from ...sgx.image import PAGE_SIZE, PT_REG, SECINFO_R, SECINFO_W, SECINFO_X, EnclaveImage, PageRun
 from ...sgx.measure import Measurement
+from ...sgx.paging import SECINFO_PT, SECINFO_RWX
 from ...sgx.structs import (
     ATTRIBUTE_EINITTOKENKEY,
     ATTRIBUTE_INIT,
     ATTRIBUTE_MODE64BIT,
     ATTRIBUTE_PROVISIONKEY,
-    ATTRIBUTES_KNOWN,
-    XFRM_LEGACY,
     Attributes,
     KeyRequest,
     Report,
@@ -31,12 +31,10 @@ from ...sgx.structs import (
     Tcs,
 )
 from .memory import ZERO_PAGE, MemoryEncryption
+from .processor import rules
+from .processor.faults import GeneralProtection, LeafError
 
-#: XFRM bits that this processor has: x87, SSE, AVX, AVX-512, PKRU, AMX.
-_XFRM_KNOWN = 0x602E7
-#: MISCSELECT bits that it has: EXINFO, CPINFO.
-_MISC_KNOWN = 0x3
-_VENDOR_INTEL = 0x8086
+_WRONG_ATTRIBUTES = "ATTRIBUTES are not those of a 64-bit enclave to be initialised"
 #: 32 GB.
 EPC_PAGES = 8 << 20
 
@@ -109,23 +107,27 @@ class Processor:
         Raises:
             IntegrityError: ``sgx.ecreate.*``: the processor would fault.
         """
-        if size < 2 * PAGE_SIZE or size & (size - 1):
-            raise _refused("ecreate.size", "SECS.SIZE is not a power of two of at least two pages", size)
-        if ssa_frame_size < 1:
-            raise _refused("ecreate.ssaframesize", "SECS.SSAFRAMESIZE is zero", ssa_frame_size)
-        flags = attributes.flags
-        if flags & ~ATTRIBUTES_KNOWN or flags & ATTRIBUTE_INIT or not flags & ATTRIBUTE_MODE64BIT:
-            raise _refused(
-                "ecreate.attributes", "ATTRIBUTES are not those of a 64-bit enclave to be initialised", f"{flags:#x}"
-            )
-        if attributes.xfrm & XFRM_LEGACY != XFRM_LEGACY or attributes.xfrm & ~_XFRM_KNOWN:
-            raise _refused(
-                "ecreate.xfrm",
-                "XFRM lacks x87 or SSE, or names state that this processor has not",
-                f"{attributes.xfrm:#x}",
-            )
-        if miscselect & ~_MISC_KNOWN:
-            raise _refused("ecreate.miscselect", "MISCSELECT has a reserved bit", f"{miscselect:#x}")
+        # An image has no base address yet; zero is as good as any.
+        secs = structs.Secs(size, 0, ssa_frame_size, miscselect, attributes=attributes.to_bytes())
+        try:
+            rules.check_secs(secs, rules.Features())
+            if not attributes.flags & ATTRIBUTE_MODE64BIT:
+                raise GeneralProtection("ecreate.attributes")
+        except GeneralProtection as fault:
+            what, found = {
+                "ecreate.size": ("SECS.SIZE is not a power of two of at least two pages", size),
+                "ecreate.ssaframesize": ("SECS.SSAFRAMESIZE is too small for XFRM and MISCSELECT", ssa_frame_size),
+                "ecreate.attributes": (
+                    "ATTRIBUTES are not those of a 64-bit enclave to be initialised",
+                    f"{attributes.flags:#x}",
+                ),
+                "ecreate.xfrm": (
+                    "XFRM lacks x87 or SSE, or names state that this processor has not",
+                    f"{attributes.xfrm:#x}",
+                ),
+                "ecreate.miscselect": ("MISCSELECT has a reserved bit", f"{miscselect:#x}"),
+            }[fault.rule]
+            raise _refused(fault.rule, what, found) from None
         measurement = Measurement()
         measurement.ecreate(ssa_frame_size, size)
         return Secs(size, ssa_frame_size, attributes, miscselect, measurement)
@@ -167,38 +169,24 @@ class Processor:
         """
         if secs.state is not State.BUILDING:
             raise _refused("einit.state", "the enclave is initialised already", secs.state.value)
-        signed = Sigstruct.from_bytes(signature)
-        if signed.vendor not in (0, _VENDOR_INTEL):
-            raise _refused("sigstruct.vendor", "SIGSTRUCT.VENDOR is unknown", f"{signed.vendor:#x}", "0 or 0x8086")
-        sigstruct.verify(signed)
+        try:
+            signed = rules.check_sigstruct(signature)
+        except LeafError as error:
+            if isinstance(error.__cause__, IntegrityError):
+                raise error.__cause__ from None
+            signed = Sigstruct.from_bytes(signature)
+            if error.rule == "sigstruct.vendor":
+                raise _refused(
+                    "sigstruct.vendor", "SIGSTRUCT.VENDOR is unknown", f"{signed.vendor:#x}", "0 or 0x8086"
+                ) from None
+            raise _refused(error.rule, "the exponent is wrong", signed.exponent, sigstruct.RSA_EXPONENT) from None
         mrenclave = secs.measurement.digest()
-        if signed.enclave_hash != mrenclave:
-            raise _refused(
-                "einit.enclavehash",
-                "the SIGSTRUCT was made for another enclave",
-                mrenclave.hex(),
-                signed.enclave_hash.hex(),
-                "the image, its manifest or the runtime changed since it was signed: build or sign it again",
-            )
-        mask = Attributes.from_bytes(signed.attribute_mask)
-        wanted = Attributes.from_bytes(signed.attributes)
-        if secs.attributes.masked(mask) != wanted.masked(mask):
-            raise _refused(
-                "einit.attributes",
-                "the enclave's attributes are not those that its signer allows",
-                f"flags {secs.attributes.flags:#x}, xfrm {secs.attributes.xfrm:#x}",
-                f"flags {wanted.flags:#x} under mask {mask.flags:#x}, xfrm {wanted.xfrm:#x} under mask {mask.xfrm:#x}",
-                "load the enclave as it was signed (debug, XFRM), or sign it again",
-            )
-        if secs.miscselect & signed.misc_mask != signed.miscselect & signed.misc_mask:
-            raise _refused(
-                "einit.miscselect",
-                "the enclave's MISCSELECT is not the one that its signer allows",
-                f"{secs.miscselect:#x}",
-                f"{signed.miscselect:#x} under mask {signed.misc_mask:#x}",
-            )
-        if signed.cet_attributes & signed.cet_attributes_mask:
-            raise _refused("einit.cet", "the signer asks for CET, which this processor has not", signed.cet_attributes)
+        try:
+            rules.check_family(secs.attributes, signed)
+            rules.check_measurement(signed, mrenclave)
+            rules.check_signed_attributes(secs.attributes, secs.miscselect, signed)
+        except LeafError as error:
+            raise _mismatch(error.rule, secs, mrenclave, signed) from None
         if secs.attributes.flags & (ATTRIBUTE_PROVISIONKEY | ATTRIBUTE_EINITTOKENKEY) and not architectural:
             raise _refused(
                 "einit.provision",
@@ -296,23 +284,64 @@ def identity(secs: Secs) -> keys.Identity:
 
 
 def _check_secinfo(run: PageRun) -> None:
-    kind = run.flags & 0xFF00
-    permissions = run.flags & (SECINFO_R | SECINFO_W | SECINFO_X)
-    if run.flags != kind | permissions or kind not in (PT_REG, PT_TCS):
-        raise _refused("eadd.secinfo", "SECINFO.FLAGS has a reserved bit or another page type", f"{run.flags:#x}")
-    if kind == PT_REG and permissions & SECINFO_W and not permissions & SECINFO_R:
-        raise _refused("eadd.secinfo", "a page cannot be writable without being readable", f"{run.flags:#x}")
-    if kind == PT_TCS:
-        if permissions:
-            raise _refused("eadd.secinfo", "a TCS page has no permissions", f"{run.flags:#x}")
-        for start in range(0, run.count * PAGE_SIZE, PAGE_SIZE):
-            tcs = Tcs.from_bytes(ZERO_PAGE if run.data is None else bytes(run.data[start : start + PAGE_SIZE]))
-            if tcs.fslimit & 0xFFF != 0xFFF or tcs.gslimit & 0xFFF != 0xFFF:
-                raise _refused(
-                    "eadd.tcs",
-                    "TCS.FSLIMIT or GSLIMIT does not end in 0xfff",
-                    f"{tcs.fslimit:#x}, {tcs.gslimit:#x} at offset {run.offset + start:#x}",
-                )
+    try:
+        rules.check_secinfo_eadd(run.flags)
+    except GeneralProtection:
+        unreadable = run.flags & ~SECINFO_X == PT_REG | SECINFO_W
+        what = "a page cannot be writable without being readable"
+        raise _refused(
+            "eadd.secinfo",
+            what if unreadable else "SECINFO.FLAGS has a reserved bit or another page type",
+            f"{run.flags:#x}",
+        ) from None
+    if run.flags & SECINFO_PT == PT_REG:
+        return
+    # EADD would take them away, and the measurement would be another than the image's.
+    if run.flags & SECINFO_RWX:
+        raise _refused("eadd.secinfo", "a TCS page has no permissions", f"{run.flags:#x}")
+    for start in range(0, run.count * PAGE_SIZE, PAGE_SIZE):
+        page = ZERO_PAGE if run.data is None else bytes(run.data[start : start + PAGE_SIZE])
+        try:
+            # Stricter than EADD, which looks at the limits of 32-bit enclaves only: a TCS of zeros is a mistake.
+            rules.check_tcs(page, mode64=False, rule="eadd.tcs")
+        except GeneralProtection:
+            tcs = Tcs.from_bytes(page)
+            what, found = "TCS.FLAGS has a reserved bit", f"{tcs.flags:#x}"
+            if tcs.fslimit & tcs.gslimit & 0xFFF != 0xFFF:
+                what = "TCS.FSLIMIT or GSLIMIT does not end in 0xfff"
+                found = f"{tcs.fslimit:#x}, {tcs.gslimit:#x}"
+            raise _refused("eadd.tcs", what, f"{found} at offset {run.offset + start:#x}") from None
+
+
+def _mismatch(rule: str, secs: Secs, mrenclave: bytes, signed: Sigstruct) -> IntegrityError:
+    """EINIT's refusal of an enclave that is not the one that its signer meant."""
+    if rule == "einit.enclavehash":
+        return _refused(
+            rule,
+            "the SIGSTRUCT was made for another enclave",
+            mrenclave.hex(),
+            signed.enclave_hash.hex(),
+            "the image, its manifest or the runtime changed since it was signed: build or sign it again",
+        )
+    if rule == "einit.attributes":
+        mask, wanted = Attributes.from_bytes(signed.attribute_mask), Attributes.from_bytes(signed.attributes)
+        return _refused(
+            rule,
+            "the enclave's attributes are not those that its signer allows",
+            f"flags {secs.attributes.flags:#x}, xfrm {secs.attributes.xfrm:#x}",
+            f"flags {wanted.flags:#x} under mask {mask.flags:#x}, xfrm {wanted.xfrm:#x} under mask {mask.xfrm:#x}",
+            "load the enclave as it was signed (debug, XFRM), or sign it again",
+        )
+    if rule == "einit.miscselect":
+        return _refused(
+            rule,
+            "the enclave's MISCSELECT is not the one that its signer allows",
+            f"{secs.miscselect:#x}",
+            f"{signed.miscselect:#x} under mask {signed.misc_mask:#x}",
+        )
+    if rule == "einit.isvfamilyid":
+        return _refused(rule, "ISVFAMILYID needs an enclave with KSS", signed.isv_family_id.hex(), bytes(16).hex())
+    return _refused(rule, "the signer asks for CET, which this processor has not", signed.cet_attributes)
 
 
 def _refused(
