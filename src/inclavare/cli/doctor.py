@@ -237,13 +237,26 @@ def _simulated(config: configuration.Config) -> Iterator[Finding]:
 
 
 def _hardware(config: configuration.Config) -> Iterator[Finding]:
-    from ..tee.base import platform as tee_platform
+    from ..tee import sgx
 
-    availability = tee_platform("sgx", config).probe()
-    if availability.usable:
-        yield Finding("sgx", OK, "Intel SGX")
-    else:
+    platform = sgx.create(config)
+    availability = platform.probe()
+    if not availability.usable:
         yield Finding("sgx", ABSENT, availability.reason, availability.remedy)
+        return
+    from ..tee.sgx.aesm import SOCKET
+    from ..tee.sgx.sysfs import epc_accounting
+
+    cpu = platform.cpu()
+    yield Finding("sgx", OK, f"Intel SGX{'2' if cpu.sgx2 else ''}, {size(cpu.epc_size)} of EPC")
+    accounting = epc_accounting()
+    group = accounting.tightest if accounting else None
+    if group is not None and group.limit is not None:
+        yield Finding("sgx EPC", OK, f"{size(group.current)} of {size(group.limit)} used by cgroup {group.path}")
+    if os.path.exists(SOCKET):
+        yield Finding("AESM", OK, SOCKET)
+    else:
+        yield Finding("AESM", WARNING, f"no {SOCKET}: no quotes", "apt-get install sgx-aesm-service")
 
 
 # --- images and engines -----------------------------------------------------------------------------------------------

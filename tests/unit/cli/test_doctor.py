@@ -101,3 +101,22 @@ def test_for_people_it_says_what_is_what() -> None:
     done = CliRunner().invoke(main, ["doctor"])
     assert "Enclave containers" in done.output
     assert "low-level runtime\t" in done.output
+
+
+def test_sgx_hardware_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a machine with SGX shows: processor, EPC, the cgroup's share of it, AESM."""
+    from inclavare.cli import doctor
+    from inclavare.tee.base import Availability
+    from inclavare.tee.sgx import HardwarePlatform, sysfs
+    from inclavare.tee.sgx.cpuid import EpcSection, SgxCpu
+
+    monkeypatch.setattr(HardwarePlatform, "probe", lambda self: Availability(True))
+    monkeypatch.setattr(
+        HardwarePlatform, "cpu", lambda self: SgxCpu("x", True, True, True, sgx2=True, epc=(EpcSection(0, 1 << 30),))
+    )
+    group = sysfs.EpcGroup("/a", 4096, 8192, 0)
+    monkeypatch.setattr(sysfs, "epc_accounting", lambda: sysfs.EpcAccounting(1 << 30, (group,)))
+    found = {finding.id: finding for finding in doctor._hardware(load())}
+    assert found["sgx"].found == "Intel SGX2, 1.0 GiB of EPC"
+    assert found["sgx EPC"].found == "4.0 KiB of 8.0 KiB used by cgroup /a"
+    assert found["AESM"].status in ("ok", "warning")

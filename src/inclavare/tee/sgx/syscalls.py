@@ -36,6 +36,9 @@ class Syscalls(Protocol):
     def mprotect(self, address: int, length: int, prot: int) -> None:
         """Change a mapping's permissions."""
 
+    def __hash__(self) -> int:
+        """By identity."""
+
 
 @cache
 def _libc() -> Any:

@@ -224,7 +224,7 @@ _TRAMPOLINE = bytes.fromhex(
 
 
 @cache
-def _trampoline(syscalls: Any) -> int:
+def _trampoline(syscalls: Syscalls) -> int:
     return executable(_TRAMPOLINE, syscalls)
 
 
