@@ -50,6 +50,19 @@ _FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
 }
 
 
+#: What an SDK enclave's former SIGSTRUCT says and the new one says again. Not ATTRIBUTEMASK, which leaves DEBUG open.
+_KEPT = (
+    "miscselect",
+    "misc_mask",
+    "isv_prod_id",
+    "isv_svn",
+    "isv_family_id",
+    "isv_ext_prod_id",
+    "cet_attributes",
+    "cet_attributes_mask",
+)
+
+
 def _field_options(function: Any) -> Any:
     for name, (kind, text) in reversed(_FIELDS.items()):
         function = click.option(f"--{name.replace('_', '-')}", name, type=kind, help=text)(function)
@@ -94,7 +107,8 @@ def command(
 ) -> None:
     """Sign the enclave SOURCE: an SGXS stream (- for standard input), or a shared object of Intel's SDK.
 
-    Of an SDK enclave, attributes and MISCSELECT are those of its metadata; else MODE64BIT, XFRM 3 and MISCSELECT 0.
+    Fields that are not given come from an SDK enclave's metadata and former SIGSTRUCT, else they are MODE64BIT, XFRM 3,
+    MISCSELECT 0. All ATTRIBUTES are fixed, DEBUG among them, unless --attribute-mask says otherwise.
 
     \b
     With a key that is kept elsewhere, as with sgx_sign:
@@ -150,7 +164,7 @@ def command(
         _finish(remote.sign(data, public_key.read_bytes() if public_key else None), output_path, as_json)
 
 
-def _measure(source: str) -> tuple[bytes, dict[str, int]]:
+def _measure(source: str) -> tuple[bytes, dict[str, Any]]:
     """MRENCLAVE, and the fields that the enclave's own format tells."""
     if source == "-":
         return _measure_stream(sys.stdin.buffer)
@@ -159,13 +173,21 @@ def _measure(source: str) -> tuple[bytes, dict[str, int]]:
             return _measure_stream(file)
         from ...sgx.measure import measure
         from ...sgx.sdk import SdkEnclave
+        from ...sgx.structs import Attributes
 
-        image = SdkEnclave(file.read()).image()
-    own = {"attributes": image.attributes, "xfrm": image.xfrm, "miscselect": image.miscselect}
+        enclave = SdkEnclave(file.read())
+    image, before = enclave.image(), enclave.chosen.sigstruct
+    own: dict[str, Any] = {"attributes": image.attributes, "xfrm": image.xfrm, "miscselect": image.miscselect}
+    if before is not None:
+        own |= {name: getattr(before, name) for name in _KEPT}
+        own |= {
+            "xfrm": Attributes.from_bytes(before.attributes).xfrm,
+            "xfrm_mask": Attributes.from_bytes(before.attribute_mask).xfrm,
+        }
     return measure(image), own
 
 
-def _measure_stream(file: BinaryIO) -> tuple[bytes, dict[str, int]]:
+def _measure_stream(file: BinaryIO) -> tuple[bytes, dict[str, Any]]:
     from ...sgx.sgxs import Stream
 
     return Stream(file).measure(), {}
