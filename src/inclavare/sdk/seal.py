@@ -197,7 +197,18 @@ def _egetkey(request: KeyRequest) -> bytes:
     from ..sgx.codes import Status
     from ..sgx.keys import KeyRefused
 
-    answer = _ask("egetkey", request.to_bytes(), 20)
+    try:
+        answer = _ask("egetkey", request.to_bytes(), 20)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise KeyRefused(
+            "EGETKEY faults on the sealing policy",
+            id="sgx.egetkey.keypolicy",
+            found=f"KEYPOLICY {request.key_policy:#x}",
+            remedy="only enclaves with key separation and sharing (ATTRIBUTES.KSS) have policies besides mrenclave "
+            "and mrsigner",
+        ) from None
     status = Status(int.from_bytes(answer[:4], "little"))
     if status:
         event = status.name.removeprefix("SGX_INVALID_").lower()

@@ -211,8 +211,9 @@ class Sealed:
     counter: CounterNumber | None
     data_size: int
     aad_size: int
-    _nonce: bytes
-    _blob: memoryview
+    # As it was parsed: what is authenticated must be what was judged, even if the caller's buffer changes meanwhile.
+    _head: bytes
+    _sealed: memoryview
 
     @classmethod
     def parse(cls, blob: bytes | bytearray | memoryview) -> Self:
@@ -236,7 +237,7 @@ class Sealed:
         size = HEADER_SIZE + header.data_size + TAG_SIZE
         if len(view) != size:
             raise _not_sealed("size", "sealed data are cut short or too long", f"{len(view)} bytes", f"{size} bytes")
-        return cls(request, counter, header.data_size, header.aad_size, header.nonce, view)
+        return cls(request, counter, header.data_size, header.aad_size, head, view[HEADER_SIZE:])
 
     @property
     def policy(self) -> int:
@@ -322,9 +323,9 @@ class Sealed:
             raise self._refused(error) from None
         from cryptography.exceptions import InvalidTag
 
-        head = bytes(self._blob[:HEADER_SIZE])
+        nonce = _Header.from_bytes(self._head).nonce
         try:
-            plain: bytes = _cipher(key).decrypt(self._nonce, self._blob[HEADER_SIZE:], head + aad)
+            plain: bytes = _cipher(key).decrypt(nonce, self._sealed, self._head + aad)
         except InvalidTag:
             raise IntegrityError(
                 "the sealed data cannot be opened",

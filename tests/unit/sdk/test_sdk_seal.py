@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -123,8 +124,11 @@ def test_wrong_requests(enter: Enter) -> None:
     refused("sealing.policy", seal.unseal, seal.seal(b"x"), policy="anyone")
     for name in ("", "a b", "../x", "x" * 65, "ä"):
         refused("sdk.seal.counter.name", seal.seal, b"x", counter=name)
-    with pytest.raises(OSError):  # KSS options without KSS: EGETKEY faults
-        seal.seal(b"x", policy="mrsigner+configid")
+    error = refused("sgx.egetkey.keypolicy", seal.seal, b"x", policy="mrsigner+configid")
+    assert isinstance(error, PolicyError) and "KSS" in str(error.remedy)
+    blob = bytearray(seal.seal(b"x", policy="mrsigner"))
+    blob[128 + 2] |= keys.POLICY_CONFIGID
+    refused("sealing.open.refused", seal.unseal, bytes(blob))
 
 
 @needs_fuse
@@ -260,6 +264,36 @@ def test_crash_at_every_step_of_a_store(enter: Enter, tmp_path: Path, monkeypatc
         assert now in seen | {b"%d" % step}
         seen = {now}
     assert step >= 5 and seen == {b"%d" % step}
+
+
+@needs_fuse
+def test_it_is_confirmed_when_it_is_on_the_disk(enter: Enter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "sealed"
+    enter()
+    blob = seal.seal(b"one", counter="c")
+    steps: list[str] = []
+    ask, fsync, replaced = seal._ask, os.fsync, Path.replace
+
+    def seen_fsync(handle: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{handle}")
+        if not name.startswith(str(tmp_path / "state")):  # the platform's own
+            steps.append("sync " + ("directory" if name == str(tmp_path) else "file"))
+        fsync(handle)
+
+    def seen_replace(self: Path, target: Path) -> Path:
+        if target == path:
+            steps.append("rename")
+        return replaced(self, target)
+
+    def seen_ask(name: str, request: bytes, size: int) -> bytes:
+        steps.append(request.split()[0].decode())
+        return ask(name, request, size)
+
+    monkeypatch.setattr(os, "fsync", seen_fsync)
+    monkeypatch.setattr(Path, "replace", seen_replace)
+    monkeypatch.setattr(seal, "_ask", seen_ask)
+    seal.store(path, blob)
+    assert steps == ["read", "sync file", "rename", "sync directory", "confirm"]
 
 
 @needs_fuse

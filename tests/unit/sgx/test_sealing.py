@@ -323,6 +323,19 @@ def test_half_a_counter(wrong: CounterNumber) -> None:
     refused("sealing.blob.counter", On().seal, b"state", counter=wrong)
 
 
+def test_a_header_that_changes_after_it_was_judged() -> None:
+    # As a file that is mapped into memory and that the host goes on writing to.
+    old = On().seal(b"old state", counter=COUNTER)
+    new = On().seal(b"new state", counter=replace(COUNTER, value=9))
+    buffer = bytearray(new)
+    found = Sealed.parse(buffer)
+    found.check_counter(COUNTER.id, 9)
+    buffer[:] = old
+    refused("sealing.open.tag", found.open, On().key)
+    buffer[:HEADER_SIZE], buffer[HEADER_SIZE:] = old[:HEADER_SIZE], new[HEADER_SIZE:]
+    assert found.open(On().key) == b"new state"
+
+
 def test_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sealing, "MAX_SIZE", 10)
     assert On().open(On().seal(b"0123456789", aad=b"0123456789"), b"0123456789") == b"0123456789"
