@@ -104,6 +104,14 @@ def test_a_moved_node_is_noticed(engine: MemoryEncryption) -> None:
     refused_and_locked(made, lambda: made.read(ARITY))
 
 
+def test_a_node_of_another_level_is_noticed() -> None:
+    """Read as versions, the second write's counters would say that the page is empty."""
+    made = _written()
+    _rewrite(made, 0)
+    made.store.nodes[0, 0] = made.store.nodes[1, 0]
+    refused_and_locked(made, lambda: made.read(0))
+
+
 @pytest.mark.parametrize("kept", [0, 1, 2, 3, 99])
 def test_a_replayed_page_is_noticed_even_with_its_tree(engine: MemoryEncryption, kept: int) -> None:
     """Page and tag come back, and the old nodes of the lowest ``kept`` levels, or all of them."""

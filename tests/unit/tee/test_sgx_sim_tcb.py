@@ -16,7 +16,7 @@ from small_enclaves import Signers, sign_image, small_image
 from inclavare.attestation import Evidence, Policy, verify
 from inclavare.config import Config
 from inclavare.errors import EvidenceError, PlatformError, UsageError
-from inclavare.tee.sgx_sim import SimulatedPlatform, create, life, provisioning, tcb
+from inclavare.tee.sgx_sim import SimulatedPlatform, create, fuses, life, provisioning, tcb
 
 NEWER = bytes((3, 2, 2, 2, 2, 1)) + bytes(10)
 FIXED = {"OutOfDate", "OutOfDateConfigurationNeeded", "Revoked"}
@@ -188,7 +188,8 @@ def test_only_what_is_named_is_changed(quoted: Quoted) -> None:
         ({"advisories": ("CVE-2018-3615",)}, "tee.tcb.advisory"),
         ({"qe_advisories": ("INTEL-SA-1",)}, "tee.tcb.advisory"),
         ({"evaluation_number": 0}, "tee.tcb.evaluation_number"),
-        ({"cpusvn": bytes(15)}, "tee.platform.cpusvn"),
+        ({"cpusvn": bytes(15), "status": "OutOfDate"}, "tee.platform.cpusvn"),
+        ({"cpusvn": NEWER, "status": "Fine"}, "tee.tcb.status"),
     ],
 )
 def test_impossible_values_change_nothing(quoted: Quoted, changes: dict[str, Any], id: str) -> None:
@@ -197,6 +198,7 @@ def test_impossible_values_change_nothing(quoted: Quoted, changes: dict[str, Any
         quoted.set(**changes)
     assert caught.value.id == id
     assert quoted.platform.collateral() == before
+    assert create(quoted.config)._session().cpusvn == fuses.CPUSVN
 
 
 @pytest.mark.parametrize(

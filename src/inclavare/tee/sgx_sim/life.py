@@ -106,6 +106,7 @@ def set_tcb(config: Config, *, cpusvn: bytes | None = None, **changes: Any) -> t
 
     directory = config.platform_dir
     fuses.load(directory)
+    replace(tcb.load(directory), **changes).check()
     if cpusvn is not None:
         _check_length("cpusvn", cpusvn, 16)
         # As EUPDATESVN, which needs an empty EPC.
