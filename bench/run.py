@@ -323,11 +323,22 @@ def fifty(bench: Bench, n: int) -> Iterator[Measurement]:
     yield from compare("50 containers at once", contenders, "runc run", max(3, n // 10))
 
 
+def sgx(bench: Bench, n: int) -> Iterator[Measurement]:
+    """What the software platform does in a second; there is no peer to run beside it."""
+    from sgx import contenders, rate
+
+    for name, work in contenders():
+        values = [rate(work, 0.2) for _ in range(max(3, n // 6))]
+        middle = statistics.median(values)
+        yield Measurement("sgx-sim, per second", name, len(values), middle, min(values), max(values), None, "", "/s")
+
+
 PARTS: dict[str, Callable[[Bench, int], Iterator[Measurement]]] = {
     "start": start,
     "read": read,
     "python": python,
     "fifty": fifty,
+    "sgx": sgx,
 }
 
 
