@@ -99,6 +99,12 @@ def test_signature_that_wraps_around_the_modulus_is_refused(signers: Signers) ->
     assert caught.value.id == "sgx.sigstruct.signature"
 
 
+def test_mrsigner_is_over_the_whole_modulus() -> None:
+    for size in (383, 385):
+        with pytest.raises(ValueError, match="384"):
+            mrsigner(bytes(size))
+
+
 def test_q1_and_q2_are_the_quotients_of_the_manual() -> None:
     s, m = 987654321987654321, 1234567890123456789
     q1, q2 = q1_q2(s, m)
@@ -267,8 +273,9 @@ def test_gendata_of_real_ones(vectors: Path, name: str) -> None:
 
 @given(st.binary(max_size=300))
 def test_rubbish_is_no_gendata(data: bytes) -> None:
-    with pytest.raises(StructureError):
+    with pytest.raises(StructureError) as caught:
         parse_gendata(data)
+    assert (caught.value.id == "sgx.sigstruct.gendata") == (len(data) != 256)
 
 
 @pytest.mark.parametrize("at", [0, 15, 24, 39, 44, 127, 128 + 10, 128 + 11, 128 + 92, 128 + 107])
