@@ -148,7 +148,6 @@ class EnclaveFile:
         self._sys = syscalls
         self.size = size
         self.base = 0
-        self._zeros = 0
         self._fd = self._open()
         try:
             self.base = self._reserve()
@@ -251,7 +250,7 @@ class EnclaveFile:
                 secinfo=ctypes.addressof(secinfo),
                 flags=flags,
             )
-            failure = None
+            failure = OSError(errno.EAGAIN, "no page was added, and no reason given")
             try:
                 self._call(ADD_PAGES, argument)
             except OSError as error:
@@ -262,7 +261,7 @@ class EnclaveFile:
             done += argument.count
             idle = 0 if argument.count else idle + 1
             if idle == _ATTEMPTS:
-                self._refused("EADD", failure or OSError(errno.EAGAIN, "no page was added, and no reason given"))
+                self._refused("EADD", failure)
 
     def map(self, offset: int, length: int, prot: int) -> None:
         """Map ``length`` bytes of the enclave at ``offset``; the driver allows no more than the pages' permissions.
@@ -366,16 +365,20 @@ class EnclaveFile:
         done = idle = 0
         while done < length:
             argument = call.argument(offset=offset + done, length=length - done, **what)
+            failure = OSError(errno.EAGAIN, "no page was changed, and no reason given")
             try:
                 self._call(call, argument)
             except OSError as error:
+                failure = error
                 # A page that is being written back, or a signal: go on where it stopped.
-                if error.errno not in (errno.EINTR, errno.EAGAIN, errno.EBUSY) or idle == _ATTEMPTS:
+                if error.errno not in (errno.EINTR, errno.EAGAIN, errno.EBUSY):
                     raise _edmm_refused(call, error, getattr(argument, "result", 0)) from None
-                if not argument.count:
-                    time.sleep(_PAUSE)
             done += argument.count
             idle = 0 if argument.count else idle + 1
+            if idle == _ATTEMPTS:
+                raise _edmm_refused(call, failure, 0)
+            if idle:
+                time.sleep(_PAUSE)
 
     # --- the end
 
@@ -405,8 +408,10 @@ def _status(code: int) -> str:
 def _open_refused(error: OSError) -> PlatformError:
     if error.errno in (errno.EACCES, errno.EPERM):
         remedy = "run as root, or join the device's group (sgx)"
-    elif error.errno in (errno.EAGAIN, errno.EBUSY, errno.EIO):
-        remedy = "try again: the kernel could not bring the processor's SVN up to date (EUPDATESVN)"
+    elif error.errno == errno.EAGAIN:
+        remedy = "try again: the processor had no entropy to bring its SVN up to date (EUPDATESVN)"
+    elif error.errno == errno.EIO:
+        remedy = "reboot: the processor could not bring its SVN up to date after a microcode update (EUPDATESVN)"
     else:
         remedy = "inclavare sgx selftest tells what is missing"
     return PlatformError(f"{ENCLAVE_DEVICE} cannot be opened", id="tee.sgx.device", found=error.strerror, remedy=remedy)
@@ -461,7 +466,7 @@ def _init_refused(error: OSError) -> InclavareError:
         return PlatformError(
             "the enclave has attributes that Linux does not allow",
             id="tee.sgx.attributes",
-            found="PROVISIONKEY without /dev/sgx_provision, or EINITTOKENKEY",
+            found="PROVISIONKEY without /dev/sgx_provision, EINITTOKENKEY, or one that this kernel does not know",
             remedy="run it with the right to open /dev/sgx_provision, or build it without these attributes",
         )
     if error.errno == errno.EINVAL:

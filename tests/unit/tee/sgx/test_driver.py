@@ -23,6 +23,7 @@ from inclavare.sgx.measure import measure
 from inclavare.sgx.structs import ATTRIBUTE_MODE64BIT, XFRM_LEGACY, Attributes, Secs
 from inclavare.tee.sgx import driver
 from inclavare.tee.sgx.driver import EnclaveFile, protection
+from inclavare.tee.sgx.vdso import EnclaveRun
 
 pytestmark = pytest.mark.skipif(not HEADER.exists(), reason=f"no {HEADER} (linux-libc-dev)")
 RW = SECINFO_R | SECINFO_W
@@ -71,6 +72,11 @@ def test_numbers_and_offsets_are_those_of_a_c_compiler(tmp_path: Path) -> None:
                 f'printf("{call.name}.{name} %zu %zu\\n", offsetof(struct {struct}, {name}), '
                 f"sizeof(((struct {struct} *)0)->{name}));"
             )
+    for name, *_ in EnclaveRun._fields_:  # type: ignore[misc]
+        lines.append(
+            f'printf("run.{name} %zu %zu\\n", offsetof(struct sgx_enclave_run, {name}), '
+            f"sizeof(((struct sgx_enclave_run *)0)->{name}));"
+        )
     lines.append('printf("MEASURE %d 4\\n", SGX_PAGE_MEASURE);')
     source = tmp_path / "abi.c"
     source.write_text(
@@ -88,6 +94,9 @@ def test_numbers_and_offsets_are_those_of_a_c_compiler(tmp_path: Path) -> None:
         name, first, second = line.split()
         expected[name] = int(first), int(second)
     found: dict[str, tuple[int, int]] = {"MEASURE": (driver.PAGE_MEASURE, 4)}
+    for name, *_ in EnclaveRun._fields_:  # type: ignore[misc]
+        where = getattr(EnclaveRun, name)
+        found[f"run.{name}"] = where.offset, where.size
     for call in driver.IOCTLS:
         found[call.name] = call.request, ctypes.sizeof(call.argument)
         for name, *_ in call.argument._fields_:  # type: ignore[misc]
@@ -206,7 +215,7 @@ def refused(call: Any, kind: type[InclavareError], id: str, *, found: str = "", 
 
 @pytest.mark.parametrize(
     ("code", "remedy"),
-    [(errno.EACCES, "group (sgx)"), (errno.ENODEV, "selftest"), (errno.EIO, "EUPDATESVN")],
+    [(errno.EACCES, "group (sgx)"), (errno.ENODEV, "selftest"), (errno.EIO, "reboot")],
 )
 def test_the_device_does_not_open(kernel: Kernel, code: int, remedy: str) -> None:
     kernel.failures["open"] = [code]
@@ -257,6 +266,24 @@ def test_a_page_that_is_not_added(kernel: Kernel, code: int, id: str, found: str
 def test_a_driver_that_does_nothing_does_not_hang(kernel: Kernel) -> None:
     kernel.interruptions = 1 << 30
     refused(lambda: build(kernel, small_image()), PlatformError, "tee.sgx.driver")
+
+
+def test_a_driver_that_says_nothing(kernel: Kernel, running: EnclaveFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zero, and nothing done: as drivers before 5.11 could."""
+    monkeypatch.setattr(driver, "_PAUSE", 0)
+    kernel._add_pages = kernel._modify = lambda *_: 0  # type: ignore[method-assign]
+    refused(lambda: build(kernel, small_image()), PlatformError, "tee.sgx.driver", found="no reason given")
+    refused(lambda: running.modify_types(HEAP, PAGE_SIZE, 4), PlatformError, "tee.sgx.edmm", found="no reason given")
+
+
+def test_a_full_cgroup_is_named(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from inclavare.tee.sgx import sysfs
+
+    kernel.free = 2
+    for current, found in ((8 << 20, "cgroup /a: 8388608 of 8388608 bytes"), (0, "no free page")):
+        group = sysfs.EpcGroup("/a", current, 8 << 20, 0)
+        monkeypatch.setattr(sysfs, "epc_accounting", lambda: sysfs.EpcAccounting(1 << 30, (group,)))  # noqa: B023
+        refused(lambda: build(kernel, small_image()), ResourceError, "tee.epc.full", found=found)
 
 
 def test_two_pages_at_one_offset(kernel: Kernel) -> None:
@@ -369,6 +396,17 @@ def test_a_processor_or_a_kernel_without_edmm(kernel: Kernel, running: EnclaveFi
     refused(lambda: running.remove_pages(0, PAGE_SIZE), PlatformError, "tee.sgx.edmm", found="SGX2", remedy="6.0")
     kernel.failures["RESTRICT_PERMISSIONS"] = [errno.ENOTTY]
     refused(lambda: running.restrict_permissions(0, PAGE_SIZE, 1), PlatformError, "tee.sgx.edmm", found="Linux 6.0")
+
+
+def test_what_the_processor_says_to_edmm(kernel: Kernel, running: EnclaveFile) -> None:
+    def modify(state: Any, values: dict[str, int]) -> int:
+        values["result"] = 20
+        raise OSError(errno.EFAULT, "EMODT failed")
+
+    kernel._modify = modify  # type: ignore[method-assign]
+    refused(
+        lambda: running.modify_types(HEAP, PAGE_SIZE, 4), PlatformError, "tee.sgx.edmm", found="SGX_PAGE_NOT_MODIFIABLE"
+    )
 
 
 def test_a_page_that_is_never_free_does_not_hang(

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(not HEADER.exists(), reason=f"no {HEADER} (linux
 @pytest.fixture
 def sgx(tmp_path: Path, shared_config: Config, platform: SimulatedPlatform) -> Iterator[Any]:
     """A machine whose fuses are the shared simulated platform's, so that its quoting enclave knows this one's reports."""
-    from sgx_machine import SgxMachine
+    from driver_machine import SgxMachine
 
     platform.quote_target_info()
     made = SgxMachine(fuses.load(shared_config.platform_dir), tmp_path)

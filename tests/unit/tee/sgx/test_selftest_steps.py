@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not HEADER.exists(), reason=f"no {HEADER} (linux
 def sgx(
     tmp_path: Path, shared_config: Config, platform: SimulatedPlatform, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Any]:
-    from sgx_machine import SgxMachine
+    from driver_machine import SgxMachine
 
     platform.quote_target_info()
     made = SgxMachine(fuses.load(shared_config.platform_dir), tmp_path)
