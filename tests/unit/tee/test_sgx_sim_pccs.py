@@ -151,6 +151,10 @@ def test_pck_certificate(http: httpx.Client, sim: SimulatedPlatform, quote: byte
     assert answer.headers["SGX-TCBm"] == cpusvn.upper() + "0100"
     assert answer.headers["SGX-FMSPC"] == FMSPC.upper()
     assert answer.headers["SGX-PCK-Certificate-CA-Type"] == "platform"
+    for other in (f"{qe_id}01&pceid=0000", f"{qe_id}&pceid=0100", f"{'00' * 16}&pceid=0000"):
+        assert http.get(f"{SGX}/pckcert?cpusvn={cpusvn}&pcesvn=0100&qeid={other}").status_code == 404
+    longer = f"{SGX}/pckcert?cpusvn={cpusvn}&pcesvn=0100&pceid=0000&qeid={qe_id}{'00' * 4}"
+    assert http.get(longer).status_code == 200, "zero-padded, as in a quote's user data"
 
 
 def test_a_td_quoting_enclave_gets_the_same_certificate(http: httpx.Client, sim: SimulatedPlatform) -> None:

@@ -19,7 +19,7 @@ from inclavare.sgx.keys import KEY_SEAL, POLICY_MRENCLAVE
 from inclavare.sgx.pck import PckExtension
 from inclavare.sgx.quote import Quote
 from inclavare.sgx.structs import KeyRequest
-from inclavare.tee.sgx_sim import SimulatedEnclave, create, epc, fuses, life, provisioning
+from inclavare.tee.sgx_sim import SimulatedEnclave, architectural, cpu, create, epc, fuses, life, provisioning
 
 NEWER = bytes((3, 2, 2, 2, 2, 1)) + bytes(10)
 FMSPC = bytes.fromhex("53494d0000ff")
@@ -210,6 +210,24 @@ def test_an_interrupted_update_leaves_a_working_platform(
     assert create(lived).root_ca() == root and create(lived)._session().cpusvn == NEWER
 
 
+def test_ids_of_the_platform_do_not_depend_on_its_microcode(lived: Config) -> None:
+    made = provisioning.load(lived.platform_dir, create(lived)._session())
+    there = fuses.read(lived.platform_dir)
+    assert there is not None
+    found = []
+    for cpusvn in (fuses.CPUSVN, NEWER):
+        processor = cpu.Processor(replace(there.roots, cpusvn=cpusvn))
+        with (
+            architectural.loaded(processor, architectural.PCE, made.pce_sigstruct) as pce,
+            architectural.loaded(processor, architectural.QE, made.qe_sigstruct) as qe,
+        ):
+            ids = architectural.ppid(processor, pce), architectural.qe_id(processor, qe)
+            keys = architectural.pck_key(processor, pce), architectural.attestation_key(processor, qe)
+        found.append((ids, [key.private_numbers().private_value for key in keys]))
+    assert found[0][0] == found[1][0] and len(set(found[0][0])) == 2
+    assert not set(found[0][1]) & set(found[1][1]), "its keys do"
+
+
 # reset
 
 
@@ -266,7 +284,8 @@ def test_an_interrupted_removal_is_finished_by_the_next(lived: Config, monkeypat
     with pytest.raises(KeyboardInterrupt):
         life.reset(lived)
     monkeypatch.undo()
-    assert fuses.read(lived.platform_dir) is not None, "the fuses go last"
+    left = {path.name for path in lived.platform_dir.iterdir()}
+    assert left == {fuses.FILE, ".lock"}, "the fuses go last"
     life.reset(lived)
     assert not life.exists(lived)
 

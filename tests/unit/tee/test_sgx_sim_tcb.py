@@ -143,6 +143,7 @@ def test_expired_collateral_is_refused_by_both(quoted: Quoted) -> None:
     then = int(time.time()) - 20 * 86400
     evidence = Evidence.from_quote(quoted.quote, quoted.platform.collateral())
     assert verify(evidence, quoted.policy, now=then).accepted, "it was good last month"
+    assert not (quoted.config.platform_dir / provisioning.COLLATERAL_FILE).exists()
     quoted.set(collateral_expired=False)
     assert quoted.appraise().accepted
 
