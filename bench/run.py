@@ -356,7 +356,7 @@ def table(measurements: list[Measurement]) -> str:
         scale, digits = (1000, 1) if m.unit == "ms" else (1, 0)
         values = [f"{value * scale:.{digits}f}" for value in (m.median, m.least, m.most)]
         ratio = "" if m.ratio is None else f"{m.ratio:6.2f} x {m.peer}"
-        lines.append(f"  {m.name:22} {values[0]:>8} {m.unit:5} ({values[1]} – {values[2]})  n={m.n:<3} {ratio}")
+        lines.append(f"  {m.name:26} {values[0]:>8} {m.unit:5} ({values[1]} – {values[2]})  n={m.n:<3} {ratio}")
     return "\n".join(lines)
 
 

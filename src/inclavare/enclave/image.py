@@ -7,10 +7,10 @@ root of the file tree. The exact layout is in ``docs/formats.md``.
 
 from __future__ import annotations
 
+import os
 import struct
 from functools import cache
 from hashlib import sha256
-from pathlib import Path
 
 from ..errors import UsageError
 from ..sgx.image import PAGE_SIZE, PT_REG, PT_TCS, SECINFO_R, SECINFO_W, EnclaveImage, PageRun
@@ -34,18 +34,18 @@ XFRM_LEGACY = 0b11
 #: GSLIMIT, from byte 16.
 _TCS = struct.Struct("<16xQIIQQQQII")
 
-#: Files whose code decides what an enclave does, relative to the package.
+#: Directories of the package whose modules decide what an enclave does; ``errors.py`` is the one file beside them.
 _TRUSTED_CODE = (
-    "errors.py",
-    "sgx/**/*.py",
-    "tee/__init__.py",
-    "tee/base.py",
-    "tee/sgx_sim/**/*.py",
-    "enclave/**/*.py",
-    "attestation/**/*.py",
-    "shield/**/*.py",
-    "runtimes/**/*.py",
-    "runelet/**/*.py",
+    "attestation",
+    "attestation/verifiers",
+    "enclave",
+    "runelet",
+    "runtimes",
+    "sgx",
+    "shield",
+    "tee",
+    "tee/sgx_sim",
+    "tee/sgx_sim/processor",
 )
 
 
@@ -56,14 +56,15 @@ def runtime_digest() -> bytes:
     SHA-256 over, for each file in bytewise order of its name: the name's length (u32, little-endian), the name
     relative to the package, the content's length (u64) and the content.
     """
-    package = Path(__file__).resolve().parent.parent
-    files = {
-        path.relative_to(package).as_posix().encode(): path for rule in _TRUSTED_CODE for path in package.glob(rule)
-    }
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    names = ["errors.py"]
+    for directory in _TRUSTED_CODE:
+        names += [f"{directory}/{name}" for name in os.listdir(f"{package}/{directory}") if name.endswith(".py")]
     running = sha256()
-    for name in sorted(files):
-        content = files[name].read_bytes()
-        running.update(len(name).to_bytes(4, "little") + name + len(content).to_bytes(8, "little"))
+    for name in sorted(names):
+        with open(f"{package}/{name}", "rb", buffering=0) as file:
+            content = file.read()
+        running.update(len(name).to_bytes(4, "little") + name.encode() + len(content).to_bytes(8, "little"))
         running.update(content)
     return running.digest()
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import recompute
 
 import inclavare
+from inclavare.enclave import image
 from inclavare.enclave.image import native_image, runtime_digest
 from inclavare.enclave.manifest import Manifest
 from inclavare.errors import UsageError
@@ -23,6 +26,22 @@ def _mrenclave(text: str = BASE, root: bytes = ROOT) -> bytes:
 
 def test_runtime_digest_agrees_with_the_documented_format() -> None:
     assert runtime_digest() == recompute.runtime_digest(Path(inclavare.__file__).parent)
+
+
+def test_what_a_runelet_loads_is_measured() -> None:
+    code = (
+        "import sys, inclavare.runelet.session, inclavare.runtimes.native, inclavare.tee.sgx_sim as sim\n"
+        "import inclavare.tee.sgx_sim.quoting, inclavare.tee.sgx_sim.provisioning, inclavare.attestation.channel\n"
+        "print('\\n'.join(m.__file__ for n, m in sys.modules.items() if n.startswith('inclavare.')))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    package = Path(inclavare.__file__).parent
+    names = {Path(path).relative_to(package) for path in loaded}
+    assert len(names) > 40
+    measured = {Path(directory) for directory in image._TRUSTED_CODE}
+    unmeasured = {name for name in names if name.parent not in measured} - {Path("errors.py")}
+    # How a node is set up, and what it writes into its log, is the host's.
+    assert unmeasured == {Path("config.py"), Path("log.py")}
 
 
 @pytest.mark.parametrize("size", ["1M", "3M", "8M", "12M"])
