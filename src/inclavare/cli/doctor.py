@@ -47,6 +47,7 @@ def examine() -> Iterator[Finding]:
     config = configuration.load()
     yield Finding("configuration", OK, config.source)
     yield from _privilege()
+    yield from _directories(config)
     yield from _kernel()
     yield from _fuse()
     yield from _low_level(config)
@@ -85,6 +86,18 @@ def _privilege() -> Iterator[Finding]:
         yield Finding("root", OK, "running as root")
     else:
         yield Finding("root", MISSING, f"running as uid {os.geteuid()}; enclaves need mounts", "run this as root")
+
+
+def _directories(config: configuration.Config) -> Iterator[Finding]:
+    for key in ("state_dir", "run_dir", "log_dir"):
+        path = getattr(config, key)
+        there = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+        if not there.is_dir():
+            yield Finding(key, MISSING, f"{there} is not a directory", f"correct {key} in {config.source}")
+        elif not os.access(there, os.W_OK | os.X_OK):
+            yield Finding(key, MISSING, f"{there} cannot be written", f"run as root, or set {key} in the configuration")
+        else:
+            yield Finding(key, OK, f"{path}" if there == path else f"{path}, made when it is needed")
 
 
 def _kernel() -> Iterator[Finding]:
@@ -225,8 +238,9 @@ def _simulated(config: configuration.Config) -> Iterator[Finding]:
     else:
         yield Finding("sgx-sim", MISSING, availability.reason, availability.remedy)
     used = sum(pages for _, pages, _ in held) * PAGE_SIZE
-    text = f"{size(used)} of {size(config.epc_size)} used by {len(held)} enclaves"
-    if used > config.epc_size * 9 // 10:
+    total = epc.size(config)
+    text = f"{size(used)} of {size(total)} used by {len(held)} enclaves"
+    if used > total * 9 // 10:
         yield Finding("sgx-sim EPC", WARNING, text, f"stop an enclave, or raise [sgx_sim] epc_size in {config.source}")
     else:
         yield Finding("sgx-sim EPC", OK, text)

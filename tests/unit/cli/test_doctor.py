@@ -120,3 +120,27 @@ def test_sgx_hardware_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["sgx"].found == "Intel SGX2, 1.0 GiB of EPC"
     assert found["sgx EPC"].found == "4.0 KiB of 8.0 KiB used by cgroup /a"
     assert found["AESM"].status in ("ok", "warning")
+
+
+def test_directories_that_cannot_be_written(config: Path) -> None:
+    (config.parent / "log").write_text("a file")
+    config.write_text(
+        f'state_dir = "/proc/inclavare"\nrun_dir = "{config.parent}/run"\nlog_dir = "{config.parent}/log"\n'
+    )
+    code, findings = doctor()
+    assert code == 5
+    assert findings["run_dir"] == {
+        "id": "run_dir",
+        "status": "ok",
+        "found": f"{config.parent}/run, made when it is needed",
+        "fix": "",
+    }
+    assert findings["log_dir"]["found"] == f"{config.parent}/log is not a directory"
+    if not os.access("/proc", os.W_OK):
+        assert findings["state_dir"]["found"] == "/proc cannot be written"
+
+
+def test_the_epc_is_the_platforms(config: Path) -> None:
+    assert CliRunner().invoke(main, ["sgx", "platform", "init", "--epc-size", "16M"]).exit_code == 0
+    _, findings = doctor()
+    assert findings["sgx-sim EPC"]["found"].startswith("0 B of 16.0 MiB")
