@@ -53,7 +53,7 @@ class InclavareError(Exception):
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> InclavareError:
         """Rebuild an error that crossed a socket; unknown exit codes become the base class."""
-        by_code = {sub.exit_code: sub for sub in _all_subclasses(InclavareError)}
+        by_code = {sub.exit_code: sub for sub in InclavareError.__subclasses__()}
         kind = by_code.get(int(fields.get("exit_code", 1)), InclavareError)
         return kind(
             str(fields.get("message", "unknown error")),
@@ -74,14 +74,6 @@ class InclavareError(Exception):
         if self.remedy:
             text += f". {self.remedy[:1].upper()}{self.remedy[1:]}"
         return f"{text} [{self.id}]"
-
-
-def _all_subclasses(cls: type[InclavareError]) -> list[type[InclavareError]]:
-    out: list[type[InclavareError]] = []
-    for sub in cls.__subclasses__():
-        out.append(sub)
-        out.extend(_all_subclasses(sub))
-    return out
 
 
 class UsageError(InclavareError):

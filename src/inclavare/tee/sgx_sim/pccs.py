@@ -194,9 +194,12 @@ def listen(host: str, port: int, *, plain: bool) -> socket.socket:
             remedy="give --tls-cert and --tls-key",
         )
     try:
-        return socket.create_server(
+        listening = socket.create_server(
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=_CONNECTIONS
         )
+        # Accepted sockets inherit it; an answer would wait for the acknowledgement of its headers.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listening
     except OSError as error:
         raise UsageError(
             f"cannot listen on {host}, port {port}", id="tee.pccs.listen", found=error.strerror or str(error)
