@@ -118,6 +118,25 @@ def test_error_codes_have_names_and_remedies(client: Aesm, service: AesmService,
     assert str(error.found).startswith("AESM_") and error.remedy
 
 
+def test_the_codes_are_those_of_intels_header() -> None:
+    """``aesm_error.h``, typed in a second time: what a quote may meet."""
+    header = (
+        "SUCCESS UNEXPECTED_ERROR NO_DEVICE_ERROR PARAMETER_ERROR EPIDBLOB_ERROR EPID_REVOKED_ERROR "
+        "GET_LICENSETOKEN_ERROR SESSION_INVALID MAX_NUM_SESSION_REACHED PSDA_UNAVAILABLE EPH_SESSION_FAILED "
+        "LONG_TERM_PAIRING_FAILED NETWORK_ERROR NETWORK_BUSY_ERROR PROXY_SETTING_ASSIST FILE_ACCESS_ERROR "
+        "SGX_PROVISION_FAILED SERVICE_STOPPED BUSY BACKEND_SERVER_BUSY UPDATE_AVAILABLE OUT_OF_MEMORY_ERROR MSG_ERROR "
+        "THREAD_ERROR SGX_DEVICE_NOT_AVAILABLE ENABLE_SGX_DEVICE_FAILED PLATFORM_INFO_BLOB_INVALID_SIG - KDF_MISMATCH "
+        "OUT_OF_EPC SERVICE_UNAVAILABLE UNRECOGNIZED_PLATFORM ECDSA_ID_MISMATCH PATHNAME_BUFFER_OVERFLOW_ERROR "
+        "ERROR_STORED_KEY PUB_KEY_ID_MISMATCH INVALID_PCE_SIG_SCHEME ATT_KEY_BLOB_ERROR UNSUPPORTED_ATT_KEY_ID "
+        "UNSUPPORTED_LOADING_POLICY INTERFACE_UNAVAILABLE PLATFORM_LIB_UNAVAILABLE ATT_KEY_NOT_INITIALIZED "
+        "ATT_KEY_CERT_DATA_INVALID NO_PLATFORM_CERT_DATA ERROR_REPORT ENCLAVE_LOST INVALID_REPORT ENCLAVE_LOAD_ERROR "
+        "UNABLE_TO_GENERATE_QE_REPORT KEY_CERTIFICATION_ERROR"
+    ).split()
+    assert {code: name for code, (name, _) in module._ERRORS.items()} == {
+        code: f"AESM_{header[code]}" for code in module._ERRORS
+    }
+
+
 def test_an_unknown_error_code(client: Aesm, service: AesmService) -> None:
     service.answers[15] = lambda _: {1: 1234}
     refused(lambda: client.init_quote_ex(ECDSA), "tee.aesm.error", found="error 1234", remedy="log")

@@ -130,6 +130,27 @@ def test_the_entry_is_found(gnu: bool, bias: int, version: str | None) -> None:
     assert find_symbol(image, SYMBOL[:-1]) is None
 
 
+@pytest.mark.parametrize("gnu", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_the_number_of_symbols(gnu: bool, count: int) -> None:
+    """The GNU hash table does not say it: the end of the last chain does."""
+    image = vdso._Image(vdso_image({f"f{n}": n for n in range(count)}, gnu=gnu))
+    assert image._symbol_count() == count + 1
+    assert [name for _, name, _ in image.symbols()] == [f"f{n}" for n in range(count)]
+
+
+def test_the_entry_lies_in_the_vdso(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vdso, "process_vdso", lambda: (0x7FFF00000000, vdso_image(SYMBOLS)))
+    vdso.enter_function.cache_clear()
+    assert vdso.enter_function() == 0x7FFF00001230
+    monkeypatch.setattr(vdso, "process_vdso", lambda: (0x7FFF00000000, b"no ELF"))
+    vdso.enter_function.cache_clear()
+    with pytest.raises(PlatformError) as caught:
+        vdso.enter_function()
+    assert "cannot be read" in str(caught.value.found)
+    vdso.enter_function.cache_clear()
+
+
 def test_a_symbol_of_another_version_is_another() -> None:
     assert find_symbol(vdso_image(SYMBOLS, version="LINUX_9.9"), SYMBOL) is None
 
