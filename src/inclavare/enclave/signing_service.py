@@ -11,22 +11,19 @@ from __future__ import annotations
 import asyncio
 import base64
 import datetime
-import ipaddress
 import json
 import os
-import socket
-import ssl
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import serving
 from ..errors import InclavareError, PolicyError, ResourceError
 from ..sgx.sigstruct import SIGNED_SIZE, pkcs1_sign
 from ..sgx.structs import Attributes, Sigstruct, StructureError
-from .paths import write_atomically
 from .signing_access import RateLimit, SigningPolicy, caller_of, read_tokens
 
 if TYPE_CHECKING:
@@ -42,7 +39,6 @@ BODY_SECONDS = 10
 CONNECTION_SECONDS = 30
 _SHUTDOWN_SECONDS = 10
 _CONNECTIONS = 64
-_CERTIFICATE_DAYS = 3650
 
 
 @dataclass(frozen=True)
@@ -198,155 +194,25 @@ def application(settings: Settings) -> Starlette:
 
 
 def server(settings: Settings) -> Server:
-    """The service with TLS 1.3; run it with ``server(…).run(sockets=[listen(…)])``.
-
-    It ends on SIGTERM and SIGINT, after the requests under way.
+    """The service with TLS 1.3; run it with ``server(…).run(sockets=[serving.listen(…)])``.
 
     Raises:
-        UsageError: the certificate, its key or the client authority cannot be used.
+        UsageError: ``serving.tls``: the certificate, its key or the client authority cannot be used.
+        PlatformError: ``serving.missing``: the extra ``services`` is not installed.
     """
-    from uvicorn import Config, Server
-
-    config = Config(
-        application(settings),
-        http=_connection(),
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        limit_concurrency=_CONNECTIONS,
-        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+    tls = serving.tls_context(settings.certificate, settings.certificate_key, client_ca=settings.client_ca)
+    try:
+        application_ = application(settings)
+    except ImportError as error:
+        raise serving.missing(error) from None
+    return serving.server(
+        application_,
+        tls,
+        connections=_CONNECTIONS,
+        shutdown_seconds=_SHUTDOWN_SECONDS,
+        connection_seconds=CONNECTION_SECONDS,
         headers=[("connection", "close"), ("cache-control", "no-store")],
     )
-    config.load()
-    # Set here and not by Config's arguments, which cannot ask for TLS 1.3.
-    config.ssl = tls_context(settings)
-    return Server(config)
-
-
-def tls_context(settings: Settings) -> ssl.SSLContext:
-    """TLS 1.3 with the service's certificate; clients show one of ``client_ca``, if there is one.
-
-    Raises:
-        UsageError: a file cannot be used.
-    """
-    from ..errors import UsageError
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    try:
-        context.load_cert_chain(settings.certificate, settings.certificate_key)
-        if settings.client_ca is not None:
-            context.load_verify_locations(settings.client_ca)
-            context.verify_mode = ssl.CERT_REQUIRED
-    except (OSError, ssl.SSLError) as error:
-        raise UsageError(
-            "the service's TLS certificate, its key or the clients' authority cannot be used",
-            id="signing.tls.file",
-            found=error.strerror or str(error),
-            expected="PEM files: a certificate and the private key that belongs to it",
-        ) from None
-    return context
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening TCP socket; port 0 for any.
-
-    Raises:
-        UsageError: the address is taken, or not this machine's.
-    """
-    from ..errors import UsageError
-
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listening = socket.create_server((host, port), family=family, backlog=128)
-    except OSError as error:
-        raise UsageError(
-            f"cannot listen on {host}, port {port}", id="signing.listen", found=error.strerror or str(error)
-        ) from None
-    # Connections inherit it; asyncio does not see that such a socket is TCP's. Without it each answer takes 40 ms more.
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listening
-
-
-def own_certificate(directory: Path, names: Sequence[str]) -> tuple[Path, Path]:
-    """The service's self-made certificate and its key (mode 0600), made at first use.
-
-    Args:
-        names: host names and addresses that it is for; those of this machine are added.
-
-    Raises:
-        OSError: the directory cannot be written.
-    """
-    certificate, key = directory / "tls-cert.pem", directory / "tls-key.pem"
-    if certificate.exists() and key.exists():
-        return certificate, key
-    from cryptography import x509
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.hashes import SHA256
-    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-
-    private = ec.generate_private_key(ec.SECP256R1())
-    public = private.public_key()
-    alternatives = [
-        _general_name(name) for name in dict.fromkeys((*names, socket.gethostname(), "localhost", "127.0.0.1", "::1"))
-    ]
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "inclavare signing service")])
-    now = datetime.datetime.now(datetime.UTC)
-    usage = dict.fromkeys(
-        (
-            "content_commitment",
-            "key_encipherment",
-            "data_encipherment",
-            "key_agreement",
-            "key_cert_sign",
-            "crl_sign",
-            "encipher_only",
-            "decipher_only",
-        ),
-        False,
-    )
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(public)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=_CERTIFICATE_DAYS))
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.KeyUsage(digital_signature=True, **usage), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(public), critical=False)
-        .sign(private, SHA256())
-    )
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_atomically(key, private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
-    write_atomically(certificate, made.public_bytes(Encoding.PEM), 0o644)
-    return certificate, key
-
-
-def fingerprint(certificate: Path) -> str:
-    """SHA-256 of a PEM file's first certificate, as browsers and OpenSSL show it.
-
-    Raises:
-        UsageError: there is no certificate in it.
-    """
-    from ..errors import UsageError
-
-    try:
-        text = certificate.read_text("ascii")
-        start = text.index("-----BEGIN CERTIFICATE-----")
-        end = text.index("-----END CERTIFICATE-----", start) + len("-----END CERTIFICATE-----")
-        der = ssl.PEM_cert_to_DER_cert(text[start:end])
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{certificate} holds no certificate", id="signing.tls.file", found=str(error)) from None
-    return sha256(der).digest().hex(":").upper()
 
 
 def _caller(settings: Settings, request: Request) -> str | None:
@@ -384,36 +250,3 @@ def _described(asked: Sigstruct) -> dict[str, object]:
         "isv_ext_prod_id": asked.isv_ext_prod_id.hex(),
         "date": f"{asked.date:08x}",
     }
-
-
-def _general_name(name: str) -> Any:
-    from cryptography import x509
-
-    try:
-        return x509.IPAddress(ipaddress.ip_address(name))
-    except ValueError:
-        return x509.DNSName(name)
-
-
-def _connection() -> Any:
-    """uvicorn's HTTP/1.1 connection, with an end that a slow peer cannot put off, and the peer's certificate."""
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-
-    class Connection(H11Protocol):
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            tls = transport.get_extra_info("ssl_object")
-            certificate = tls.getpeercert() if tls is not None else None
-            app = self.app
-
-            async def with_certificate(scope: Any, receive: Any, send: Any) -> None:
-                await app({**scope, "client_certificate": certificate}, receive, send)
-
-            self.app = with_certificate
-            self._end = self.loop.call_later(CONNECTION_SECONDS, transport.abort)
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._end.cancel()
-            super().connection_lost(exc)
-
-    return Connection

@@ -143,7 +143,7 @@ def test_set_tcb_changes_what_is_named() -> None:
         (("init", "--fmspc", "00A0671100"), "cli.usage"),
         (("serve", "--host", "0.0.0.0"), "tee.pccs.plain"),
         (("serve", "--tls-cert", __file__), "cli.usage"),
-        (("serve", "--tls-cert", __file__, "--tls-key", __file__), "tee.pccs.tls"),
+        (("serve", "--tls-cert", __file__, "--tls-key", __file__), "serving.tls"),
     ],
 )
 def test_wrong_values(words: tuple[str, ...], id: str) -> None:

@@ -32,6 +32,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_enclaves import Signers
 
+from inclavare import serving
 from inclavare.enclave import signing_access, signing_service
 from inclavare.enclave.signing_access import RateLimit, SigningPolicy, add_token, caller_of, read_tokens, remove_token
 from inclavare.enclave.signing_client import SigningService
@@ -53,6 +54,10 @@ FIELDS: dict[str, Any] = {
 }
 MRENCLAVE = b"e" * 32
 PKCS1 = "/api/v1/signature/pkcs1"
+
+
+def _own_certificate(directory: Path, names: list[str]) -> tuple[Path, Path]:
+    return serving.own_certificate(directory, names, common_name="inclavare signing service")
 
 
 def _data(mrenclave: bytes = MRENCLAVE, **changes: Any) -> bytes:
@@ -107,7 +112,7 @@ def serve(tmp_path: Path, signers: Signers) -> Iterator[Callable[..., Running]]:
             token = add_token(tokens, "ci")
             (tmp_path / "ci.token").touch(0o600)
             (tmp_path / "ci.token").write_text(token + "\n")
-            certificate, key = signing_service.own_certificate(tmp_path, ["127.0.0.1"])
+            certificate, key = _own_certificate(tmp_path, ["127.0.0.1"])
             settings = signing_service.Settings(
                 **{
                     "key": signers.ours,
@@ -120,7 +125,7 @@ def serve(tmp_path: Path, signers: Signers) -> Iterator[Callable[..., Running]]:
                 }
             )
             running = signing_service.server(settings)
-            listening = stack.enter_context(signing_service.listen("127.0.0.1", 0))
+            listening = stack.enter_context(serving.listen("127.0.0.1", 0))
             thread = threading.Thread(target=running.run, args=([listening],))
             thread.start()
 
@@ -206,11 +211,11 @@ def test_tls_below_1_3_and_plain_http_are_refused(serve: Serve) -> None:
 
 
 def test_the_own_certificate_is_made_once_and_its_key_is_private(tmp_path: Path) -> None:
-    certificate, key = signing_service.own_certificate(tmp_path / "new", ["signer.example", "192.0.2.7"])
+    certificate, key = _own_certificate(tmp_path / "new", ["signer.example", "192.0.2.7"])
     assert key.stat().st_mode & 0o777 == 0o600
     assert key.parent.stat().st_mode & 0o777 == 0o700
     before = certificate.read_bytes()
-    assert signing_service.own_certificate(tmp_path / "new", ["other"]) == (certificate, key)
+    assert _own_certificate(tmp_path / "new", ["other"]) == (certificate, key)
     assert certificate.read_bytes() == before
     parsed = x509.load_pem_x509_certificate(before)
     names = parsed.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -219,15 +224,15 @@ def test_the_own_certificate_is_made_once_and_its_key_is_private(tmp_path: Path)
     shown = subprocess.run(
         ["openssl", "x509", "-in", certificate, "-noout", "-fingerprint", "-sha256"], capture_output=True, check=True
     )
-    assert signing_service.fingerprint(certificate) in shown.stdout.decode()
+    assert serving.fingerprint(certificate) in shown.stdout.decode()
     for content in ("rubbish", "-----BEGIN CERTIFICATE-----\n"):
         certificate.write_text(content)
         with pytest.raises(UsageError):
-            signing_service.fingerprint(certificate)
+            serving.fingerprint(certificate)
 
 
 def test_tls_files_that_cannot_be_used(tmp_path: Path, signers: Signers) -> None:
-    certificate, key = signing_service.own_certificate(tmp_path, [])
+    certificate, key = _own_certificate(tmp_path, [])
     (tmp_path / "rubbish").write_text("rubbish")
     good = {"certificate": certificate, "certificate_key": key, "client_ca": certificate}
     for name in good:
@@ -236,8 +241,8 @@ def test_tls_files_that_cannot_be_used(tmp_path: Path, signers: Signers) -> None
                 **{"key": signers.ours, "token_file": None, **good, name: path}  # type: ignore[arg-type]
             )
             with pytest.raises(UsageError) as caught:
-                signing_service.tls_context(settings)
-            assert caught.value.id == "signing.tls.file"
+                signing_service.server(settings)
+            assert caught.value.id == "serving.tls"
 
 
 # Who may call
@@ -624,7 +629,7 @@ def test_the_clients_token_must_be_private(serve: Serve) -> None:
 @pytest.fixture
 def liar(tmp_path: Path) -> Iterator[Callable[[bytes, int], SigningService]]:
     """A service that answers whatever it is told to."""
-    certificate, key = signing_service.own_certificate(tmp_path / "liar", [])
+    certificate, key = _own_certificate(tmp_path / "liar", [])
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate, key)
     with contextlib.ExitStack() as stack:
@@ -692,12 +697,12 @@ def test_the_key_is_not_shown(tmp_path: Path, signers: Signers) -> None:
 
 
 def test_listen_on_what_is_taken_or_elsewhere() -> None:
-    with signing_service.listen("127.0.0.1", 0) as first:
+    with serving.listen("127.0.0.1", 0) as first:
         assert first.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         for host, port in (("127.0.0.1", first.getsockname()[1]), ("192.0.2.1", 0), ("no such host", 0)):
             with pytest.raises(UsageError) as caught:
-                signing_service.listen(host, port)
-            assert caught.value.id == "signing.listen"
+                serving.listen(host, port)
+            assert caught.value.id == "serving.listen"
 
 
 def test_private_files(tmp_path: Path) -> None:

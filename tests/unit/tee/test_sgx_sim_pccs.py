@@ -333,7 +333,7 @@ def test_tls_files_are_checked(tmp_path: Path) -> None:
     for pair in ((certificate, other), (key, certificate), (tmp_path / "none", key)):
         with pytest.raises(UsageError) as caught:
             pccs.tls_context(*pair)
-        assert caught.value.id == "tee.pccs.tls"
+        assert caught.value.id == "serving.tls"
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "pccs.example", "localhost.example"])
@@ -347,7 +347,7 @@ def test_an_address_that_is_taken() -> None:
     with pccs.listen("localhost", 0, plain=True) as first:
         with pytest.raises(UsageError) as caught:
             pccs.listen("127.0.0.1", first.getsockname()[1], plain=True)
-        assert caught.value.id == "tee.pccs.listen"
+        assert caught.value.id == "serving.listen"
 
 
 def certified(directory: Path) -> tuple[Path, Path]:

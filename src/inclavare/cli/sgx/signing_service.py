@@ -73,6 +73,7 @@ def serve(
     import signal
     import sys
 
+    from ... import serving
     from ...config import load
     from ...enclave import signing, signing_access, signing_service
     from .._output import note
@@ -88,7 +89,7 @@ def serve(
     if tls_cert is None or tls_key is None:
         directory = state or load().state_dir / "signing-service"
         wanted = (*names, *(() if host in ("0.0.0.0", "::") else (host,)))  # noqa: S104
-        tls_cert, tls_key = signing_service.own_certificate(directory, wanted)
+        tls_cert, tls_key = serving.own_certificate(directory, wanted, common_name="inclavare signing service")
     listed = mrenclave_file.read_text("utf-8").split() if mrenclave_file else []
     hashes = frozenset((*mrenclave, *(hexadecimal(32)(text) for text in listed)))
     policy = signing_access.SigningPolicy(
@@ -99,11 +100,11 @@ def serve(
     )
     settings = signing_service.Settings(key, tls_cert, tls_key, token_file, client_ca, policy, rate, audit_log)
     server = signing_service.server(settings)
-    with signing_service.listen(host, port) as listening:
+    with serving.listen(host, port) as listening:
         # uvicorn raises the signal that ended it once more; by then all is done.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: sys.exit(0))
-        note(f"certificate {tls_cert}, SHA-256 {signing_service.fingerprint(tls_cert)}")
+        note(f"certificate {tls_cert}, SHA-256 {serving.fingerprint(tls_cert)}")
         shown = f"[{host}]" if ":" in host else host
         click.echo(f"listening on https://{shown}:{listening.getsockname()[1]}")
         sys.stdout.flush()

@@ -8,7 +8,6 @@ moment.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import socket
 import ssl
@@ -19,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from ... import serving
 from ...config import Config
-from ...errors import InclavareError, PlatformError, UsageError
+from ...errors import InclavareError, UsageError
 from . import cpu, fuses
 
 if TYPE_CHECKING:
@@ -124,56 +124,28 @@ def server(config: Config, tls: ssl.SSLContext | None) -> Server:
         tls: see :func:`tls_context`; ``None`` for plain HTTP, which :func:`listen` allows on loopback only.
 
     Raises:
-        PlatformError: ``tee.pccs.missing``: the extra ``services`` is not installed.
+        PlatformError: ``serving.missing``: the extra ``services`` is not installed.
     """
     try:
-        from uvicorn import Config as ServerConfig
-        from uvicorn import Server
-
         made = application(config)
     except ImportError as error:
-        raise PlatformError(
-            "the collateral service needs packages that are not installed",
-            id="tee.pccs.missing",
-            found=str(error),
-            remedy="pip install 'inclavare[services]'",
-        ) from None
-    settings = ServerConfig(
+        raise serving.missing(error) from None
+    return serving.server(
         made,
-        http="h11",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        limit_concurrency=_CONNECTIONS,
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+        tls,
+        connections=_CONNECTIONS,
+        keep_alive_seconds=_KEEP_ALIVE_SECONDS,
+        shutdown_seconds=_SHUTDOWN_SECONDS,
     )
-    settings.load()
-    settings.ssl = tls
-    return Server(settings)
 
 
 def tls_context(certificate: Path, key: Path) -> ssl.SSLContext:
     """TLS 1.2 or later, which Intel's quote provider library speaks, with this certificate (chain) and key, PEM.
 
     Raises:
-        UsageError: ``tee.pccs.tls``: a file cannot be used.
+        UsageError: ``serving.tls``: a file cannot be used.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(certificate, key)
-    except OSError as error:
-        raise UsageError(
-            "the service's TLS certificate or its key cannot be used",
-            id="tee.pccs.tls",
-            found=error.strerror or str(error),
-            expected="PEM files: a certificate and the private key that belongs to it",
-        ) from None
-    return context
+    return serving.tls_context(certificate, key, minimum=ssl.TLSVersion.TLSv1_2)
 
 
 def listen(host: str, port: int, *, plain: bool) -> socket.socket:
@@ -183,9 +155,9 @@ def listen(host: str, port: int, *, plain: bool) -> socket.socket:
         plain: without TLS.
 
     Raises:
-        UsageError: ``tee.pccs.plain``: without TLS on an address that others reach; ``tee.pccs.listen``.
+        UsageError: ``tee.pccs.plain``: without TLS on an address that others reach; ``serving.listen``.
     """
-    if plain and not _is_loopback(host):
+    if plain and not serving.is_loopback(host):
         raise UsageError(
             "others could read and change what is served",
             id="tee.pccs.plain",
@@ -193,25 +165,7 @@ def listen(host: str, port: int, *, plain: bool) -> socket.socket:
             expected="plain HTTP on 127.0.0.1 or ::1, or TLS",
             remedy="give --tls-cert and --tls-key",
         )
-    try:
-        listening = socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=_CONNECTIONS
-        )
-        # Accepted sockets inherit it; an answer would wait for the acknowledgement of its headers.
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return listening
-    except OSError as error:
-        raise UsageError(
-            f"cannot listen on {host}, port {port}", id="tee.pccs.listen", found=error.strerror or str(error)
-        ) from None
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        # A name may mean another address tomorrow.
-        return host == "localhost"
+    return serving.listen(host, port)
 
 
 def _pck_certificate(config: Config, asked: dict[str, str]) -> _Answer:
