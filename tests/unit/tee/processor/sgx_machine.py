@@ -39,11 +39,13 @@ from inclavare.tee.sgx_sim.processor import (
     Processor,
     Registers,
 )
-from inclavare.tee.sgx_sim.processor.faults import PF_SGX
+from inclavare.tee.sgx_sim.processor.faults import PF_SGX, PF_WRITE
 
 WINDOW = 0xFFFF_8880_0000_0000
 BUFFERS = 0xFFFF_C900_0000_0000
 PAGEINFO, SECINFO, PCMD, RDINFO = BUFFERS, BUFFERS + 0x40, BUFFERS + 0x80, BUFFERS + 0x100
+#: The same PAGEINFO and SECINFO once more, as far from their alignment as can be.
+ODD_PAGEINFO, ODD_SECINFO = BUFFERS + 0x210, BUFFERS + 0x2A0
 SOURCE, TOKEN, SIGSTRUCT = BUFFERS + 0x1000, BUFFERS + 0x2000, BUFFERS + 0x3000
 #: A page-aligned address where nothing is mapped, and one that is not canonical.
 NOWHERE, NON_CANONICAL = 0x6660_0000, 1 << 52
@@ -103,10 +105,12 @@ class Machine:
         return registers
 
     def pageinfo(self, *, linaddr: int = 0, srcpge: int = 0, secinfo: int = 0, secs: int = 0) -> None:
-        self.space.poke(PAGEINFO, PageInfo(linaddr, srcpge, secinfo, secs).to_bytes())
+        for at in (PAGEINFO, ODD_PAGEINFO):
+            self.space.poke(at, PageInfo(linaddr, srcpge, secinfo, secs).to_bytes())
 
-    def secinfo(self, flags: int, at: int = SECINFO) -> None:
-        self.space.poke(at, SecInfo(flags).to_bytes())
+    def secinfo(self, flags: int) -> None:
+        for at in (SECINFO, ODD_SECINFO):
+            self.space.poke(at, SecInfo(flags).to_bytes())
 
     def ecreate(self, secs: Secs | None = None, page: int = SECS_PAGE) -> Registers:
         self.space.poke(SOURCE, (secs or a_secs()).to_bytes())
@@ -260,7 +264,13 @@ class Machine:
 
     @contextmanager
     def faults(
-        self, kind: type[Fault], rule: str, *, address: int | None = None, sgx: bool | None = None
+        self,
+        kind: type[Fault],
+        rule: str,
+        *,
+        address: int | None = None,
+        sgx: bool | None = None,
+        write: bool | None = None,
     ) -> Iterator[None]:
         """The body ends in this exception, and nothing has changed."""
         before = None
@@ -275,6 +285,8 @@ class Machine:
             assert fault.address == address
         if sgx is not None:
             assert bool(fault.error_code & PF_SGX) is sgx
+        if write is not None:
+            assert bool(fault.error_code & PF_WRITE) is write
         assert self.events[-1].fault is fault or self.events == []
 
     @staticmethod

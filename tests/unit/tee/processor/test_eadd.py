@@ -12,6 +12,8 @@ from sgx_machine import (
     MORE,
     NON_CANONICAL,
     NOWHERE,
+    ODD_PAGEINFO,
+    ODD_SECINFO,
     PAGEINFO,
     RW,
     RX,
@@ -105,7 +107,7 @@ def test_tcs_keeps_aexnotify(building: Machine) -> None:
 @pytest.mark.parametrize(
     ("rule", "rbx", "rcx"),
     [
-        ("eadd.pageinfo", PAGEINFO + 16, epc(DATA_PAGE)),
+        ("eadd.pageinfo", ODD_PAGEINFO, epc(DATA_PAGE)),
         ("eadd.epcpage", PAGEINFO, epc(DATA_PAGE) + 2048),
         ("eadd.epcpage", PAGEINFO, NON_CANONICAL),
         ("access.canonical", NON_CANONICAL, epc(DATA_PAGE)),
@@ -130,7 +132,7 @@ def test_epcpage_does_not_resolve_within_an_epc(building: Machine) -> None:
         ("eadd.srcpge", {"srcpge": SOURCE + 2048}),
         ("eadd.secs", {"secs": epc(SECS_PAGE) + 2048}),
         ("eadd.secs", {"secs": NON_CANONICAL}),
-        ("eadd.secinfo", {"secinfo": SECINFO + 32}),
+        ("eadd.secinfo", {"secinfo": ODD_SECINFO}),
         ("eadd.linaddr", {"linaddr": DATA + 2048}),
         ("eadd.range", {"linaddr": BASE - PAGE_SIZE}),
         ("eadd.range", {"linaddr": BASE + SIZE}),
@@ -191,6 +193,17 @@ def test_secinfo(building: Machine, flags: int) -> None:
         eadd(building)
 
 
+def test_secinfo_is_checked_before_and_after_the_page(building: Machine) -> None:
+    """The page type before, permissions after the EPCM: SDM, order of the pseudo-code."""
+    eadd(building)
+    building.secinfo(PT_VA)
+    with building.faults(GeneralProtection, "eadd.secinfo"):
+        eadd(building)
+    building.secinfo(PT_REG | SECINFO_W)
+    with building.faults(PageFault, "eadd.occupied"):
+        eadd(building)
+
+
 def test_secinfo_reserved_bytes(building: Machine) -> None:
     building.space.poke(SECINFO + 8, b"\1")
     with building.faults(GeneralProtection, "eadd.secinfo"):
@@ -215,7 +228,7 @@ def test_concurrency(building: Machine) -> None:
 
 def test_epc_page_is_valid_already(building: Machine) -> None:
     eadd(building)
-    with building.faults(PageFault, "eadd.occupied", address=epc(DATA_PAGE), sgx=True):
+    with building.faults(PageFault, "eadd.occupied", address=epc(DATA_PAGE), sgx=True, write=True):
         eadd(building)
 
 

@@ -9,6 +9,8 @@ from sgx_machine import (
     BASE,
     NON_CANONICAL,
     NOWHERE,
+    ODD_PAGEINFO,
+    ODD_SECINFO,
     PAGEINFO,
     SECINFO,
     SECS_PAGE,
@@ -71,7 +73,7 @@ def test_eids_are_never_used_again(machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("rule", "rbx", "rcx"),
     [
-        ("ecreate.pageinfo", PAGEINFO + 16, epc(0)),
+        ("ecreate.pageinfo", ODD_PAGEINFO, epc(0)),
         ("ecreate.epcpage", PAGEINFO, epc(0) + 2048),
         ("ecreate.epcpage", PAGEINFO, NON_CANONICAL),
         ("access.canonical", NON_CANONICAL, epc(0)),
@@ -96,7 +98,7 @@ def test_epcpage_does_not_resolve_within_an_epc(machine: Machine) -> None:
     ("rule", "fields"),
     [
         ("ecreate.srcpge", {"srcpge": SOURCE + 2048}),
-        ("ecreate.secinfo", {"secinfo": SECINFO + 32}),
+        ("ecreate.secinfo", {"secinfo": ODD_SECINFO}),
         ("ecreate.pageinfo", {"linaddr": 4096}),
         ("ecreate.pageinfo", {"secs": 4096}),
     ],
@@ -135,7 +137,7 @@ def test_concurrency(machine: Machine) -> None:
 
 def test_epc_page_is_valid_already(machine: Machine) -> None:
     machine.epa(0)
-    with prepared(machine).faults(PageFault, "ecreate.occupied", address=epc(0), sgx=True):
+    with prepared(machine).faults(PageFault, "ecreate.occupied", address=epc(0), sgx=True, write=True):
         machine.encls(Encls.ECREATE, PAGEINFO, epc(0))
 
 

@@ -16,6 +16,8 @@ from sgx_machine import (
     MORE_PAGE,
     NON_CANONICAL,
     NOWHERE,
+    ODD_PAGEINFO,
+    ODD_SECINFO,
     PAGEINFO,
     RW,
     RWX,
@@ -80,7 +82,7 @@ def test_eaug(enclave: Machine) -> None:
 @pytest.mark.parametrize(
     ("rule", "rbx", "rcx"),
     [
-        ("eaug.pageinfo", PAGEINFO + 16, epc(FREE_PAGE)),
+        ("eaug.pageinfo", ODD_PAGEINFO, epc(FREE_PAGE)),
         ("eaug.epcpage", PAGEINFO, epc(FREE_PAGE) + 2048),
         ("eaug.epcpage", PAGEINFO, NON_CANONICAL),
     ],
@@ -194,9 +196,8 @@ class TestModify:
     def test_operand_alignment(self, enclave: Machine, leaf: Encls) -> None:
         name = leaf.name.lower()
         enclave.secinfo(self.flags[leaf])
-        enclave.secinfo(self.flags[leaf], SECINFO + 0x20)
         for rule, rbx, rcx in (
-            (f"{name}.secinfo", SECINFO + 32, epc(DATA_PAGE)),
+            (f"{name}.secinfo", ODD_SECINFO, epc(DATA_PAGE)),
             (f"{name}.epcpage", SECINFO, epc(DATA_PAGE) + 2048),
             (f"{name}.epcpage", SECINFO, NON_CANONICAL),
         ):

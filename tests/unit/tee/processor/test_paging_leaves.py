@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from sgx_machine import (
     BUFFERS,
     CODE,
@@ -15,6 +16,7 @@ from sgx_machine import (
     MORE_PAGE,
     NON_CANONICAL,
     NOWHERE,
+    ODD_PAGEINFO,
     PAGEINFO,
     PCMD,
     RW,
@@ -48,6 +50,7 @@ SUCCESS = (Status.SGX_SUCCESS, 0, "")
 
 
 def test_epa(machine: Machine) -> None:
+    machine.cpu.write_epc(3, b"left behind".ljust(PAGE_SIZE, b"x"))
     registers = machine.epa(3)
     assert (registers.rax, registers.rflags) == (Encls.EPA, 0x8D7)
     assert machine.entry(3) == EpcmEntry(valid=True, pt=PT_VA)
@@ -75,7 +78,7 @@ def test_epa_page(machine: Machine) -> None:
         with machine.cpu.locks.held(3, access), machine.faults(GeneralProtection, "epa.conflict"):
             machine.epa(3)
     machine.epa(3)
-    with machine.faults(PageFault, "epa.occupied", address=epc(3), sgx=True):
+    with machine.faults(PageFault, "epa.occupied", address=epc(3), sgx=True, write=True):
         machine.epa(3)
     machine.space.map_epc(NOWHERE, 4, writable=False, executable=False)
     with machine.faults(PageFault, "paging.writable", address=NOWHERE):
@@ -117,7 +120,8 @@ def test_eblock_codes(enclave: Machine) -> None:
         enclave.block(DATA_PAGE)
         assert outcome(enclave) == (Status.SGX_ENTRYEPOCH_LOCKED, ZF, "eblock.epoch")
     assert not enclave.entry(DATA_PAGE).blocked
-    with enclave.cpu.locks.held(DATA_PAGE, Access.SHARED):
+    locks = enclave.cpu.locks
+    with locks.held(DATA_PAGE, Access.SHARED), locks.held(SECS_PAGE, Access.SHARED, Resource.TRACKING):
         enclave.block(DATA_PAGE)
         assert outcome(enclave) == SUCCESS
 
@@ -238,6 +242,17 @@ def test_ewb(enclave: Machine) -> None:
     assert slots[:24] == bytes(24) and any(slots[24:32]) and slots[32:] == bytes(PAGE_SIZE - 32)
 
 
+def test_ewb_cipher(enclave: Machine) -> None:
+    """AES-128-GCM under CR_BASE_PK; the counter block is the version shifted by 32, the header a MACHEADER."""
+    eid = enclave.cpu.secs(SECS_PAGE).eid
+    contents, pcmd, linear = enclave.evict(CODE_PAGE, slot=3)
+    version = int.from_bytes(enclave.cpu.read_epc(VA_PAGE, 24, 8), "little")
+    header = eid.to_bytes(8, "little") + linear.to_bytes(8, "little") + pcmd[:64] + bytes(48)
+    counter = (version << 32).to_bytes(12, "big")
+    plain = AESGCM(enclave.cpu.page_key).decrypt(counter, contents + pcmd[112:], header)
+    assert plain == b"code".ljust(PAGE_SIZE, b"\0")
+
+
 def test_ewb_keeps_the_pages_state(enclave: Machine) -> None:
     enclave.change(DATA_PAGE, pending=True, modified=True, pr=True)
     flags = enclave.entry(DATA_PAGE).flags
@@ -255,7 +270,7 @@ def test_ewb_never_writes_the_same_twice(enclave: Machine) -> None:
 @pytest.mark.parametrize(
     ("rule", "operands"),
     [
-        ("ewb.pageinfo", (PAGEINFO + 16, epc(CODE_PAGE), epc(VA_PAGE))),
+        ("ewb.pageinfo", (ODD_PAGEINFO, epc(CODE_PAGE), epc(VA_PAGE))),
         ("ewb.epcpage", (PAGEINFO, epc(CODE_PAGE) + 2048, epc(VA_PAGE))),
         ("ewb.epcpage", (PAGEINFO, NON_CANONICAL, epc(VA_PAGE))),
         ("ewb.slot", (PAGEINFO, epc(CODE_PAGE), epc(VA_PAGE) + 4)),
@@ -374,7 +389,7 @@ def test_ewb_of_an_secs(enclave: Machine) -> None:
 
 def test_ewb_of_a_va_page(enclave: Machine) -> None:
     enclave.epa(9)
-    evicted = enclave.evict(CODE_PAGE)
+    evicted = enclave.evict(CODE_PAGE, slot=100)
     enclave.ewb(VA_PAGE, va_page=9)
     assert outcome(enclave) == SUCCESS
     pcmd = enclave.space.peek(PCMD, 128)
@@ -385,7 +400,7 @@ def test_ewb_of_a_va_page(enclave: Machine) -> None:
     assert outcome(enclave) == SUCCESS
     assert enclave.entry(VA_PAGE) == EpcmEntry(valid=True, pt=PT_VA)
     assert contents != enclave.cpu.read_epc(VA_PAGE)
-    enclave.load(evicted, CODE_PAGE)
+    enclave.load(evicted, CODE_PAGE, 100)
     assert outcome(enclave) == SUCCESS
 
 
@@ -454,7 +469,7 @@ def test_load_of_an_secs(enclave: Machine) -> None:
 @pytest.mark.parametrize(
     ("rule", "operands"),
     [
-        ("pageinfo", (PAGEINFO + 16, epc(FREE_PAGE), epc(VA_PAGE))),
+        ("pageinfo", (ODD_PAGEINFO, epc(FREE_PAGE), epc(VA_PAGE))),
         ("epcpage", (PAGEINFO, epc(FREE_PAGE) + 2048, epc(VA_PAGE))),
         ("epcpage", (PAGEINFO, NON_CANONICAL, epc(VA_PAGE))),
         ("slot", (PAGEINFO, epc(FREE_PAGE), epc(VA_PAGE) + 4)),

@@ -86,7 +86,7 @@ def erdinfo(lp: LogicalProcessor) -> Status:
     secs_page = page if entry.pt == PT_SECS else entry.enclave_secs
     if secs_page is not None:
         context = cpu.secs(secs_page).internal.enclave_context
-    if entry.pt == PT_SECS and cpu.has_children(page):
+    if cpu.has_children(page):
         status = RDINFO_CHILDPRESENT
     lp.write(rbx, RdInfo(status, entry.flags | entry.blocked * RDINFO_BLOCKED, context).to_bytes())
     return Status.SGX_SUCCESS

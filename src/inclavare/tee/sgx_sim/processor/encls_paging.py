@@ -72,7 +72,7 @@ def eblock(lp: LogicalProcessor) -> Status:
 def _track(lp: LogicalProcessor, secs_page: int, rule: str) -> Status:
     """Begin a tracking cycle, once the previous one is complete: whoever was inside at its ETRACK has left."""
     state = lp.processor.enclaves[lp.processor.secs(secs_page).eid]
-    if any(one.active is not None and one.active.epoch < state.epoch for one in lp.processor.inside(secs_page)):
+    if any(active.epoch < state.epoch for active in lp.processor.active(secs_page)):
         raise LeafError(Status.SGX_PREV_TRK_INCMPL, f"{rule}.incomplete")
     state.epoch += 1
     return Status.SGX_SUCCESS
@@ -129,10 +129,9 @@ def ewb(lp: LogicalProcessor) -> Status:
     valid_page(lp, va_page, rdx, _VA_ONLY, "ewb.va")
     bound_eid, eid = _evictable(lp, page, entry)
 
-    # Before anything changes: the destinations can be written.
-    for linear, size in ((info.srcpge, PAGE_SIZE), (info.secinfo, Pcmd.LAYOUT.size), (rbx, PageInfo.LAYOUT.size)):
+    # Before anything changes: the destinations, of which none crosses a page, can be written.
+    for linear in (info.srcpge, info.secinfo, rbx):
         lp.translate(linear, "w")
-        lp.translate(linear + size - 1, "w")
     version = cpu.new_version()
     secinfo = entry.flags.to_bytes(64, "little")
     header = MacHeader.LAYOUT.pack((bound_eid, entry.enclave_address, secinfo, bytes(40)))

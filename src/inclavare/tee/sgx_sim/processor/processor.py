@@ -18,7 +18,7 @@ from .rules import Features
 from .secs import EnclaveSecs, EnclaveState
 
 if TYPE_CHECKING:
-    from .logical import LogicalProcessor
+    from .logical import Active, LogicalProcessor
 
 
 class Processor:
@@ -111,6 +111,10 @@ class Processor:
         """The logical processors that execute the enclave of that SECS."""
         return [one for one in self.logical if one.active is not None and one.active.secs_page == secs_page]
 
+    def active(self, secs_page: int) -> list[Active]:
+        """What those have saved at their entry."""
+        return [one.active for one in self.inside(secs_page) if one.active is not None]
+
     def tracked(self, secs_page: int, epoch: int | None) -> bool:
         """Whether no logical processor can hold a translation that is older than tracking epoch ``epoch``.
 
@@ -120,7 +124,7 @@ class Processor:
             return True
         if self.enclaves[self.secs(secs_page).eid].epoch <= epoch:
             return False
-        return all(one.active is None or one.active.epoch > epoch for one in self.inside(secs_page))
+        return all(active.epoch > epoch for active in self.active(secs_page))
 
     def notify(self, event: Event) -> None:
         """Tell the observers."""
