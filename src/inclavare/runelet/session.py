@@ -66,6 +66,7 @@ class Runelet:
         config = admission.admit(asked, manifest, resolve=lambda path: admission.follow_links(tree, path))
         _check_secrets(manifest)
         kind = runtime(manifest.enclave.runtime)
+        kind.check(platform)
         container = Container(job.id, manifest, config, tree, contents, job.places, self._on_violation, self._on_fault)
         prepared = kind.prepare(container)
         try:

@@ -62,6 +62,13 @@ class EnclaveRuntime(Protocol):
 
     name: str
 
+    def check(self, platform: Platform) -> None:
+        """Refuse a platform on which this runtime would not protect the application; before anything is begun.
+
+        Raises:
+            PlatformError: with the reason.
+        """
+
     def image(self, manifest: Manifest, tree_root: bytes) -> EnclaveImage:
         """What is measured: the enclave's pages for a manifest and a 32-byte tree root."""
 

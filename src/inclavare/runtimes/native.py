@@ -34,6 +34,21 @@ class NativeRuntime:
 
     name = "native"
 
+    def check(self, platform: Platform) -> None:
+        """Refuse hardware: the application would not run in the enclave.
+
+        Raises:
+            PlatformError: ``runtime.native.hardware``.
+        """
+        if not platform.simulated:
+            raise PlatformError(
+                "the native enclave runtime protects nothing on SGX hardware",
+                id="runtime.native.hardware",
+                found="an application that would run beside its enclave, in memory that the host can read",
+                expected="an enclave runtime with code in the enclave (gramine, occlum), which this version lacks",
+                remedy="use enclave type sgx-sim for development",
+            )
+
     def image(self, manifest: Manifest, tree_root: bytes) -> EnclaveImage:
         """Header, manifest, threads and heap; see docs/formats.md."""
         return native_image(manifest, tree_root, _runtime_digest())
@@ -55,20 +70,7 @@ class NativeRuntime:
     def start(
         self, container: Container, enclave: Enclave, platform: Platform, prepared: EncryptedDirectory
     ) -> NativeSession:
-        """Mount root, volumes and ``/dev/attestation``.
-
-        Raises:
-            PlatformError: ``runtime.native.hardware``: the application would not run in the enclave.
-        """
-        if not platform.simulated:
-            prepared.stop()
-            raise PlatformError(
-                "the native enclave runtime protects nothing on SGX hardware",
-                id="runtime.native.hardware",
-                found="an application that would run beside its enclave, in memory that the host can read",
-                expected="an enclave runtime with code in the enclave (gramine, occlum), which this version lacks",
-                remedy="use enclave type sgx-sim for development",
-            )
+        """Mount root, volumes and ``/dev/attestation``."""
         session = NativeSession(container, SecretStore(), [prepared])
         try:
             session.root = ShieldedRoot.mount(
