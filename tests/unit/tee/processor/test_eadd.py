@@ -48,7 +48,7 @@ from inclavare.sgx.paging import (
     SECINFO_X,
 )
 from inclavare.sgx.structs import ATTRIBUTE_MODE64BIT, Tcs
-from inclavare.tee.sgx_sim.processor import Access, EpcmEntry, GeneralProtection, PageFault, Resource
+from inclavare.tee.sgx_sim.processor import Access, EpcmEntry, GeneralProtection, PageFault, Resource, rules
 
 
 @pytest.fixture
@@ -262,3 +262,11 @@ def test_enclave_is_initialised(enclave: Machine) -> None:
     prepared(enclave).pageinfo(linaddr=MORE, srcpge=SOURCE, secinfo=SECINFO, secs=epc(SECS_PAGE))
     with enclave.faults(GeneralProtection, "eadd.initialised"):
         enclave.encls(Encls.EADD, PAGEINFO, epc(9))
+
+
+@pytest.mark.parametrize("flags", [PT_SECS, PT_VA, PT_TRIM])
+def test_page_types_for_the_other_processor(flags: int) -> None:
+    """The rule that both simulated processors share does not rely on the leaf's first look."""
+    with pytest.raises(GeneralProtection):
+        rules.check_secinfo_eadd(flags)
+    rules.check_secinfo_eadd(PT_TCS)

@@ -169,6 +169,16 @@ def test_emodpr(enclave: Machine, asked: int, left: int) -> None:
     assert enclave.entry(DATA_PAGE).epoch == 1
 
 
+@pytest.mark.parametrize("asked", range(8))
+@pytest.mark.parametrize("before", [0, SECINFO_R, SECINFO_X, SECINFO_R | SECINFO_W, 7])
+def test_emodpr_only_restricts(enclave: Machine, asked: int, before: int) -> None:
+    if asked & SECINFO_W and not asked & SECINFO_R:
+        return
+    enclave.change(DATA_PAGE, r=bool(before & 1), w=bool(before & 2), x=bool(before & 4))
+    assert modify(enclave, Encls.EMODPR, DATA_PAGE, asked) == SUCCESS
+    assert enclave.entry(DATA_PAGE).flags == PT_REG | SECINFO_PR | before & asked
+
+
 def test_emodpr_of_an_executable_page(enclave: Machine) -> None:
     assert modify(enclave, Encls.EMODPR, CODE_PAGE, SECINFO_R | SECINFO_X) == SUCCESS
     assert enclave.entry(CODE_PAGE).flags == PT_REG | SECINFO_PR | SECINFO_R | SECINFO_X

@@ -94,9 +94,9 @@ def test_ereport_operands(inside: Machine, rule: str, operands: tuple[int, int, 
 def test_ereport_operands_outside_of_the_epc(inside: Machine) -> None:
     inside.space.map_ram(SPARE, PAGE_SIZE)
     for rule, operands in (
-        ("ereport.targetinfo", (SPARE, REPORTDATA, OUTPUT)),
-        ("ereport.reportdata", (TARGETINFO, SPARE, OUTPUT)),
-        ("ereport.outputdata", (TARGETINFO, REPORTDATA, SPARE)),
+        ("access.elrange-not-epc", (SPARE, REPORTDATA, OUTPUT)),
+        ("access.elrange-not-epc", (TARGETINFO, SPARE, OUTPUT)),
+        ("access.elrange-not-epc", (TARGETINFO, REPORTDATA, SPARE)),
     ):
         with prepared(inside).faults(PageFault, rule, address=SPARE, sgx=True):
             inside.enclu(Enclu.EREPORT, *operands)
@@ -214,9 +214,9 @@ def test_egetkey_operands(inside: Machine, rule: str, rbx: int, rcx: int) -> Non
 
 def test_egetkey_operands_outside_of_the_epc(inside: Machine) -> None:
     inside.space.map_ram(SPARE, PAGE_SIZE)
-    with inside.faults(PageFault, "egetkey.keyrequest", address=SPARE, sgx=True):
+    with inside.faults(PageFault, "access.elrange-not-epc", address=SPARE, sgx=True):
         inside.enclu(Enclu.EGETKEY, SPARE, OUTPUT)
-    with inside.faults(PageFault, "egetkey.outputdata", address=SPARE, sgx=True):
+    with inside.faults(PageFault, "access.elrange-not-epc", address=SPARE, sgx=True):
         inside.enclu(Enclu.EGETKEY, KEYREQUEST, SPARE)
 
 

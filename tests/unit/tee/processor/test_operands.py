@@ -103,6 +103,9 @@ def test_faults_of_written_pages_say_so(enclave: Machine) -> None:
     enclave.pageinfo(linaddr=SPARE, secs=epc(SECS_PAGE))
     with enclave.faults(PageFault, "eaug.occupied", sgx=True, write=True):
         enclave.encls(Encls.EAUG, PAGEINFO, epc(DATA_PAGE))
+    for name, page in (("valid", FREE_PAGE), ("pt", VA_PAGE)):
+        with enclave.faults(PageFault, f"etrack.secs.{name}", sgx=True, write=False):
+            enclave.encls(Encls.ETRACK, rcx=epc(page))
     for leaf, flags in ((Encls.EMODPR, SECINFO_R), (Encls.EMODT, PT_TRIM)):
         enclave.secinfo(flags)
         for name, page in (("valid", FREE_PAGE), ("pt", VA_PAGE)):

@@ -120,17 +120,6 @@ def within_elrange(lp: LogicalProcessor, linear: int, rule: str) -> None:
         raise GeneralProtection(rule)
 
 
-def own_page(lp: LogicalProcessor, linear: int, access: AccessKind, rule: str) -> int:
-    """The regular page of the active enclave that an operand of ENCLU lies in.
-
-    Raises:
-        Fault: it resolves to something else, or the EPCM forbids the access.
-    """
-    page = resolve(lp, linear, access, rule)
-    check_direct_access(lp, page, linear, access)
-    return page
-
-
 def valid_page(lp: LogicalProcessor, page: int, linear: int, types: frozenset[int], rule: str) -> EpcmEntry:
     """The EPCM entry of an operand that must be valid and of one of these types.
 

@@ -54,7 +54,7 @@ def eaccept(lp: LogicalProcessor) -> Status:
     secs_page = lp.active.secs_page
     aligned(rbx, 64, "eaccept.secinfo")
     within_elrange(lp, rbx, "eaccept.secinfo")
-    check_direct_access(lp, resolve(lp, rbx, "r", "eaccept.secinfo"), rbx, "r")
+    resolve(lp, rbx, "r", "eaccept.secinfo")
     flags = rules.secinfo(lp.read(rbx, 64), "eaccept.secinfo")
     aligned(rcx, PAGE_SIZE, "eaccept.epcpage")
     within_elrange(lp, rcx, "eaccept.epcpage")
@@ -90,10 +90,9 @@ def eacceptcopy(lp: LogicalProcessor) -> Status:
     within_elrange(lp, rbx, "eacceptcopy.secinfo")
     within_elrange(lp, rcx, "eacceptcopy.target")
     within_elrange(lp, rdx, "eacceptcopy.source")
-    secinfo_page = resolve(lp, rbx, "r", "eacceptcopy.secinfo")
+    resolve(lp, rbx, "r", "eacceptcopy.secinfo")
     page = resolve(lp, rcx, "w", "eacceptcopy.target")
     source = resolve(lp, rdx, "r", "eacceptcopy.source")
-    check_direct_access(lp, secinfo_page, rbx, "r")
     flags = rules.secinfo(lp.read(rbx, 64), "eacceptcopy.secinfo")
     if flags & SECINFO_PT != PT_REG or (flags & SECINFO_W and not flags & SECINFO_R):
         raise GeneralProtection("eacceptcopy.secinfo")
@@ -120,9 +119,8 @@ def emodpe(lp: LogicalProcessor) -> None:
     aligned(rcx, PAGE_SIZE, "emodpe.epcpage")
     within_elrange(lp, rbx, "emodpe.secinfo")
     within_elrange(lp, rcx, "emodpe.epcpage")
-    secinfo_page = resolve(lp, rbx, "r", "emodpe.secinfo")
+    resolve(lp, rbx, "r", "emodpe.secinfo")
     page = resolve(lp, rcx, "r", "emodpe.epcpage")
-    check_direct_access(lp, secinfo_page, rbx, "r")
     flags = rules.secinfo(lp.read(rbx, 64), "emodpe.secinfo")
     entry: EpcmEntry = cpu.epcm[page]
     rule = violation(entry, lp.active.secs_page, rcx, "")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ....sgx import keys, report
 from ....sgx.codes import Status
 from ....sgx.structs import KeyRequest, StructureError, TargetInfo
-from .access import aligned, own_page, within_elrange
+from .access import aligned, within_elrange
 from .faults import GeneralProtection, LeafError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def _operand(lp: LogicalProcessor, linear: int, alignment: int, access: AccessKi
     """An aligned address in a page of the enclave that the access is allowed to."""
     aligned(linear, alignment, rule)
     within_elrange(lp, linear, rule)
-    own_page(lp, linear, access, rule)
+    lp.translate(linear, access)
 
 
 def _target_info(data: bytes) -> TargetInfo:
