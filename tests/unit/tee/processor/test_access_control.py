@@ -163,6 +163,7 @@ def test_elrange_limits(inside: Machine) -> None:
 
 def test_ordinary_memory_from_inside(inside: Machine) -> None:
     inside.user.write(HOST_DATA, b"out")
+    assert not inside.user.translate(HOST_DATA, "w").abort
     assert inside.space.peek(HOST_DATA, 3) == b"out"
     assert inside.user.read(HOST_DATA, 3) == b"out"
 

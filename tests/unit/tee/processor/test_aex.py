@@ -137,6 +137,7 @@ def test_cr2_of_other_exits(inside: Machine) -> None:
     assert inside.user.cr2 == 0x1234
     inside.user.enclu()
     inside.user.aex(14, 4, None)
+    assert exinfo(inside) == ExInfo(0, 4)
     assert inside.user.cr2 == 0x1234
 
 

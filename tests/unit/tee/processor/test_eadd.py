@@ -204,6 +204,17 @@ def test_secinfo_is_checked_before_and_after_the_page(building: Machine) -> None
         eadd(building)
 
 
+@pytest.mark.parametrize("flags", [PT_REG, PT_REG | SECINFO_X, PT_REG | SECINFO_R, RW | SECINFO_X])
+def test_permissions(building: Machine, flags: int) -> None:
+    building.eadd(DATA, DATA_PAGE, flags)
+    assert building.entry(DATA_PAGE).flags == flags
+
+
+def test_permissions_of_a_tcs_do_not_matter(building: Machine) -> None:
+    building.eadd(TCS, TCS_PAGE, PT_TCS | SECINFO_W, a_tcs().to_bytes())
+    assert building.entry(TCS_PAGE).flags == PT_TCS
+
+
 def test_secinfo_reserved_bytes(building: Machine) -> None:
     building.space.poke(SECINFO + 8, b"\1")
     with building.faults(GeneralProtection, "eadd.secinfo"):
