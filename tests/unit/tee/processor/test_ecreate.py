@@ -156,6 +156,7 @@ SECS_RULES: list[tuple[str, dict[str, Any]]] = [
     ("ecreate.base", {"base": NON_CANONICAL}),
     ("ecreate.base", {"base": 1 << 47}),
     ("ecreate.base", {"base": BASE + SIZE // 2}),
+    ("ecreate.base", {"base": BASE + 1}),
     ("ecreate.base", {"base": 1 << 32, "attributes": attributes(without=ATTRIBUTE_MODE64BIT)}),
     ("ecreate.size", {"base": 0, "size": 1 << 56}),
     ("ecreate.size", {"base": 0, "size": 1 << 31, "attributes": attributes(without=ATTRIBUTE_MODE64BIT)}),

@@ -84,6 +84,8 @@ class LoadedEnclave:
         size: SECS.SIZE.
         pages: by linear address.
         tcs: linear addresses of the TCSs.
+        va_pages: numbers of the EPC pages with its version arrays.
+        slots: linear addresses of the version slots that are free.
     """
 
     secs_page: int
@@ -345,15 +347,9 @@ class Driver:
             modulus = Sigstruct.LAYOUT.offsets["modulus"]
             signer = sigstruct[modulus : modulus + signatures.RSA_SIZE].ljust(signatures.RSA_SIZE, b"\0")
             self.processor.le_pubkey_hash = signatures.mrsigner(signer)
-        rules: list[str] = []
-        observe = self.processor.observers
-        observe.append(lambda event: rules.append(event.rule))
-        try:
-            status = self.encls(Encls.EINIT, _SIGSTRUCT, self.window(enclave.secs_page), _TOKEN)
-        finally:
-            observe.pop()
+        status = self.encls(Encls.EINIT, _SIGSTRUCT, self.window(enclave.secs_page), _TOKEN)
         if status is not Status.SGX_SUCCESS:
-            raise _refused(rules[-1], status.name)
+            raise _refused(self.lp.rule, status.name)
 
     def _grow(self, enclave: LoadedEnclave, count: int) -> None:
         """A version slot for every page, so that each can be evicted when the EPC is full."""

@@ -88,6 +88,7 @@ class LogicalProcessor:
         cr2: linear address of the last page fault that was delivered.
         cr4_osfxsr: CR4.OSFXSR; ``cr4_osxsave`` likewise.
         xcr0: XCR0.
+        rule: the rule that ended the last leaf without a fault, but with a code in RAX; empty for success.
     """
 
     def __init__(self, processor: Processor, space: AddressSpace, *, cpl: int = 3) -> None:
@@ -100,6 +101,7 @@ class LogicalProcessor:
         self.cr4_osfxsr = True
         self.cr4_osxsave = True
         self.xcr0 = processor.features.xfrm
+        self.rule = ""
         self.number = len(processor.logical)
         self._tlb: dict[tuple[int, AccessKind], Translation] = {}
         processor.logical.append(self)
@@ -145,7 +147,6 @@ class LogicalProcessor:
         with self.processor.mutex:
             active, rip = self.active, self.registers.rip
             asynchronous_exit(self, vector, error_code, address)
-            self.flush()
         self.processor.notify(
             Event(
                 Kind.AEX,
@@ -268,14 +269,14 @@ class LogicalProcessor:
                 name = number.name
                 # The leaf sees the address of the next instruction, and may set another.
                 registers.rip = (rip + INSTRUCTION_LENGTH) % (1 << 64)
-                status, rule = self._run(table[number])
+                status, self.rule = self._run(table[number])
             except Fault as fault:
                 registers.rip = rip
                 self._tell(Kind.FAULT, name, rip, operands, before, fault=fault)
                 raise
             kind = _KINDS.get(number) if isinstance(number, Enclu) else None
             default = Kind.ENCLU if isinstance(number, Enclu) else Kind.ENCLS
-            self._tell(kind or default, name, rip, operands, before, status=status, rule=rule)
+            self._tell(kind or default, name, rip, operands, before, status=status, rule=self.rule)
 
     def _run(self, leaf: leaves.Leaf) -> tuple[Status | None, str]:
         try:
