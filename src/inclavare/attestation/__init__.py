@@ -15,11 +15,13 @@ from ..errors import UsageError
 from .appraisal import Appraisal, Failure, appraise, check_report_data
 from .channel import report_data as _bound_report_data
 from .claims import Claims
+from .collateral import CollateralSource
 from .evidence import Evidence
+from .initdata import check_init_data
 from .policy import Policy
 from .verifiers import verifier
 
-__all__ = ["Appraisal", "Claims", "Evidence", "Failure", "Policy", "appraise", "verify"]
+__all__ = ["Appraisal", "Claims", "CollateralSource", "Evidence", "Failure", "Policy", "appraise", "verify"]
 
 
 def verify(
@@ -29,6 +31,7 @@ def verify(
     nonce: bytes | None = None,
     report_data: bytes | None = None,
     now: int | None = None,
+    collateral: CollateralSource | None = None,
 ) -> Appraisal:
     """Verify evidence and appraise it.
 
@@ -39,6 +42,7 @@ def verify(
         nonce: the challenge that the evidence must answer: in its runtime data, or in its certificate's claims.
         report_data: what the report data must be; shorter than 64 bytes means zero-padded.
         now: seconds since 1970; by default the present.
+        collateral: asked where the evidence carries none.
 
     Returns:
         The result for authentic evidence, accepted or not.
@@ -46,6 +50,7 @@ def verify(
     Raises:
         EvidenceError: the evidence is damaged, forged, expired, revoked, or of a root that is not trusted.
         UsageError: ``report_data`` is longer than 64 bytes.
+        PlatformError: the evidence carries no collateral, and the source has none.
     """
     if report_data is not None and len(report_data) > 64:
         raise UsageError(
@@ -54,6 +59,8 @@ def verify(
             found=f"{len(report_data)} bytes",
             expected="at most 64 bytes",
         )
+    if evidence.collateral is None and collateral is not None:
+        evidence = evidence.with_collateral(collateral.fetch(evidence.quote))
     claims = verifier(evidence.tee).verify(evidence, policy, int(time.time()) if now is None else now)
     if evidence.certificate is not None:
         claims = replace(claims, public_key_sha256=hashlib.sha256(evidence.certificate.public_key).hexdigest())
@@ -61,6 +68,8 @@ def verify(
     failures = [*appraise(claims, policy, expected_report_data=expected).failures]
     if evidence.runtime_data is not None:
         failures += check_report_data(claims, _bound_report_data(evidence.runtime_data))
+    if evidence.init_data is not None:
+        failures += check_init_data(claims, evidence.init_data)
     if nonce is not None and not _answers(evidence, nonce):
         failures.append(
             Failure(

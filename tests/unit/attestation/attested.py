@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from small_enclaves import Signers, sign_image, small_image
 
 from inclavare.attestation import Evidence, Policy
 from inclavare.attestation.channel import EnclaveChannel, report_data, runtime_data
-from inclavare.tee.sgx_sim import SimulatedEnclave, SimulatedPlatform
+from inclavare.sgx.quote import TEE_TDX, Quote
+from inclavare.tee.sgx_sim import SimulatedEnclave, SimulatedPlatform, provisioning
 
 NONCE = b"nonce of 32 bytes, fresh enough!"
 
@@ -25,6 +26,17 @@ class Attested:
     policy: Policy
     nonce: bytes
     now: int
+
+
+def resigned(platform: SimulatedPlatform, quote: Quote) -> Quote:
+    """The quote with another content, signed by the platform's own quoting enclave of its TEE."""
+    if quote.header.tee_type == TEE_TDX:
+        assert platform._td_quoting is not None
+        key = platform._td_quoting[1]._key
+    else:
+        assert platform._quoting is not None
+        key = platform._quoting._key
+    return replace(quote, signature=provisioning.sign_raw(key, quote.signed_bytes()))
 
 
 def attest(platform: SimulatedPlatform, signers: Signers, content: bytes, *, debug: bool = False) -> Attested:

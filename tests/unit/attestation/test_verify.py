@@ -379,7 +379,10 @@ def test_crl_of_another_authority_under_the_same_root(attested: Attested) -> Non
     name = "SIMULATED SGX PCK Processor CA"
     certificate = provisioning._certificate(name, key.public_key(), made.root, made.root.key, ca_path_length=0)
     sibling = provisioning.Authority(certificate, key)
-    evidence = with_collateral(attested, pck_crl_issuer_chain=sibling.pem + made.root.pem)
+    chain = sibling.pem + made.root.pem
+    evidence = with_collateral(attested, pck_crl_issuer_chain=chain)
+    assert cause(evidence, attested.policy, attested.now) == "evidence.collateral.signature"
+    evidence = with_collateral(attested, pck_crl_issuer_chain=chain, pck_crl=crl(attested, "pck_crl", sibling, 1))
     assert cause(evidence, attested.policy, attested.now) == "evidence.collateral.mismatch"
 
 

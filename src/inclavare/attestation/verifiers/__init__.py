@@ -10,7 +10,7 @@ from ..claims import Claims
 from ..evidence import Evidence
 from ..policy import Policy
 
-_MODULES = {"sgx": "sgx", "sgx-sim": "sgx_sim"}
+_MODULES = {"sgx": "sgx", "tdx": "tdx", "sgx-sim": "sgx_sim", "tdx-sim": "sgx_sim", "snp": "snp"}
 
 
 class Verifier(Protocol):

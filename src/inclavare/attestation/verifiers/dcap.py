@@ -1,404 +1,474 @@
-"""Verification of SGX ECDSA quotes (DCAP) against one given root, twice: by the steps below, and by dcap-qvl.
+"""Verification of ECDSA quotes (DCAP) of enclaves and trust domains against one given root, by two verifiers.
 
-The steps name the cause of a refusal and are strict where dcap-qvl is lenient (bytes after the quote, text around PEM
-blocks, CRLs of the future, certificate purposes). dcap-qvl is the independent second opinion: both must accept, with
-the same TCB status. Sources: Intel "SGX ECDSA QuoteLibReference", appendix A; PCK certificate profile; PCS API 4.
+The steps below name the cause of a refusal and are strict where dcap-qvl is lenient (bytes after the quote, text around
+PEM blocks, CRLs of the future, certificate purposes). dcap-qvl is the independent second opinion: both must accept,
+with the same TCB status. It judges no debug enclave or TD, and no SGX quote of version 4 or 5; there our steps stand
+alone.
+
+What quotes of one platform have in common is judged once: collateral, certification and TCB, by both verifiers, for as
+long as everything in them is valid. They are found again only if every byte is the same. Left for each quote are its
+body and its signature. Sources: Intel "SGX ECDSA QuoteLibReference" and "TDX DCAP Quoting Library API", appendices on
+quote formats; PCK certificate profile; PCS API 4; TDX Module ABI Specification, TDX attributes.
 """
 
 from __future__ import annotations
 
-import base64
 import datetime
+import functools
 import hashlib
 import json
-import re
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric import ec, utils
-from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import NameOID
 
-from ...errors import EvidenceError
+from ...errors import InclavareError
 from ...sgx.certification import CERT_PCK_CHAIN
 from ...sgx.pck import PckExtension
-from ...sgx.quote import QE_VENDOR_INTEL, Quote
+from ...sgx.quote import QE_VENDOR_INTEL, TEE_TDX, TEE_TYPES, VERSION_3, Quote
 from ...sgx.structs import Attributes, ReportBody, StructureError
-from ..claims import Claims
-from ..evidence import check_collateral, sgx_quote
-
-_PEM_BLOCK = re.compile(rb"-----BEGIN CERTIFICATE-----\n([A-Za-z0-9+/=\n]+?)\n-----END CERTIFICATE-----\n?")
+from ...sgx.tdx import (
+    TD_KL,
+    TD_MIGRATABLE,
+    TD_PERFMON,
+    TD_PKS,
+    TD_SEPT_VE_DISABLE,
+    TdReport10,
+    TdReport15,
+)
+from ..claims import Claims, Endorsement, TdxClaims
+from ..collateral import PCK_CHAIN_KEY, check_collateral
+from . import certificates as pki
+from .certificates import Period, Validity, refused
+from .tcb import PartLevels, Rating, TcbInfo, after_relaunch, check_not_revoked
 
 # Last words of the subjects' common names; before them stands INTEL's or the simulated platform's name.
 _PCK_NAME = ("SGX PCK Certificate",)
 _PCK_CA_NAMES = ("SGX PCK Platform CA", "SGX PCK Processor CA")
 _TCB_SIGNING_NAME = ("SGX TCB Signing",)
 
-#: What a TCB status becomes if the quoting enclave is out of date (dcap-qvl and Intel's QVL agree).
-_WITH_OLD_QE = {
-    "UpToDate": "OutOfDate",
-    "SWHardeningNeeded": "OutOfDate",
-    "ConfigurationNeeded": "OutOfDateConfigurationNeeded",
-    "ConfigurationAndSWHardeningNeeded": "OutOfDateConfigurationNeeded",
-}
+#: How many sets of collateral, platforms and verdicts are remembered; some 100 KB, 10 KB and 3 KB each.
+_COLLATERALS = 64
+_PLATFORMS = 512
+_VERDICTS = 1024
 
+#: ATTRIBUTES of a TD, bits that must be zero (TDX Module ABI Specification, 348551-008US, table 3.23).
+_TD_RESERVED = 0x3FFFFFFF0780FF8E
+#: DEBUG, and the bits of the group "TD under debug" that let the host profile it.
+_TD_UNDER_DEBUG = 0x71
+_TD_SERVTD_EXT = 1 << 17
 
-@dataclass(frozen=True, slots=True)
-class _Level:
-    status: str
-    date: str
-    advisories: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Pck:
-    """What the PCK certificate's SGX extension says about the platform."""
-
-    cpusvn: bytes
-    pce_svn: int
-    pce_id: bytes
-    fmspc: bytes
+_SGX_BODY_JUDGED = 64
+_TDX_BODY_JUDGED = 136
 
 
 def verify_quote(
     raw: bytes,
-    collateral: dict[str, Any] | None,
+    collateral: dict[str, str] | None,
     *,
     root: bytes,
     now: int,
     tee: str,
     simulated: bool,
+    source: str | None = None,
 ) -> Claims:
-    """The authentic claims of a version 3 quote.
+    """The authentic claims of a quote.
 
     Args:
         raw: the quote, nothing around it.
         collateral: in dcap-qvl's JSON layout.
         root: the only trusted root CA certificate, DER.
         now: seconds since 1970.
-        tee: what to write into the claims, with ``simulated``.
+        tee: what to write into the claims, with ``simulated``: ``sgx…`` for enclaves, ``tdx…`` for trust domains.
+        source: where the collateral came from.
 
     Raises:
         EvidenceError: with an id for each cause; see the functions below.
     """
-    quote = sgx_quote(raw)
-    body = quote.report_body()
-    qe_body = quote.qe_report_body()
+    quote = Quote.from_bytes(raw)
+    _check_header(quote, tee)
+    body: ReportBody | TdReport10 = quote.td_report() if quote.header.tee_type == TEE_TDX else quote.report_body()
+    if isinstance(body, TdReport10):
+        _check_domain(body)
+    given = _collateral(root, TEE_TYPES[quote.header.tee_type], _parts(collateral))
+    platform = _platform(given, _certification(quote, given))
+    platform.validity.check(now)
+    _check_signature(quote, platform)
+    verdict = _verdict(quote, body, given, platform, raw, now)
+    common: dict[str, Any] = {
+        "tee": tee,
+        "simulated": simulated,
+        "report_data": body.report_data.hex(),
+        "tcb_status": verdict.rating.status,
+        "advisories": verdict.rating.advisories,
+        "tcb_date": verdict.rating.date,
+        "root_fingerprint": given.root_fingerprint,
+        "collateral_issued": given.validity.issued,
+        "collateral_expires": given.validity.expires,
+        "verified_at": now,
+        "collateral_source": source,
+        "endorsements": given.endorsements,
+        "tcb_evaluation_number": given.tcb_info.number,
+        "fmspc": platform.pck.fmspc.hex(),
+        "pce_svn": platform.pck.pce_svn,
+        "platform_instance_id": platform.instance_id,
+        "signed": quote.signed_bytes(),
+    }
+    if isinstance(body, TdReport10):
+        return Claims(
+            debug=bool(body.td_attributes & _TD_UNDER_DEBUG),
+            cpusvn=platform.pck.cpusvn.hex(),
+            tdx=_domain_claims(body, verdict.module),
+            **common,
+        )
+    return Claims(
+        debug=body.debug,
+        mrenclave=body.mrenclave.hex(),
+        mrsigner=body.mrsigner.hex(),
+        isv_prod_id=body.isv_prod_id,
+        isv_svn=body.isv_svn,
+        attributes=body.attributes[:8].hex(),
+        xfrm=body.attributes[8:].hex(),
+        miscselect=body.miscselect,
+        cpusvn=body.cpusvn.hex(),
+        config_id=body.config_id.hex(),
+        config_svn=body.config_svn,
+        isv_ext_prod_id=body.isv_ext_prod_id.hex(),
+        isv_family_id=body.isv_family_id.hex(),
+        **common,
+    )
+
+
+def forget() -> None:
+    """Judge everything anew; for measurements of what the memory is worth."""
+    _collateral.cache_clear()
+    _platform.cache_clear()
+    _verdicts.clear()
+
+
+# The quote alone
+
+
+def _check_header(quote: Quote, tee: str) -> None:
+    """Refuses with ``evidence.quote.tee`` or ``.qe_vendor``."""
+    expected = "TDX" if tee.startswith("tdx") else "SGX"
+    found = TEE_TYPES[quote.header.tee_type]
+    if found != expected:
+        raise refused(
+            "quote.tee", "the quote is of another TEE than the evidence says", found, expected, "say what it is"
+        )
     if quote.header.qe_vendor_id != QE_VENDOR_INTEL:
-        raise _refused(
+        raise refused(
             "quote.qe_vendor",
             "the quoting enclave's vendor is unknown",
             quote.header.qe_vendor_id.hex(),
             QE_VENDOR_INTEL.hex(),
         )
-    if quote.cert_type != CERT_PCK_CHAIN:
-        raise _refused(
-            "quote.cert_type",
-            "the quote does not carry its PCK certificate chain",
-            f"type {quote.cert_type}",
-            f"type {CERT_PCK_CHAIN}",
-            "configure the platform's quote provider to embed the chain",
-        )
-    anchor = _load_certificate(root)
-    leaf, authority = _chain(quote.cert_data.removesuffix(b"\0"), anchor, "the quote's certificate chain")
+
+
+def _check_domain(body: TdReport10) -> None:
+    """Refuses with ``evidence.td.attributes`` or ``.service_td``. Debugging is left to the policy."""
+    attributes = body.td_attributes
+    for wrong, what in (
+        (attributes & _TD_RESERVED, "reserved bits are set"),
+        (not attributes & TD_SEPT_VE_DISABLE, "SEPT_VE_DISABLE is not set: the host could inject faults"),
+        (attributes & TD_MIGRATABLE, "the trust domain is migratable"),
+        (attributes & _TD_SERVTD_EXT, "service TD extensions are enabled"),
+    ):
+        if wrong:
+            raise refused(
+                "td.attributes", f"the trust domain's ATTRIBUTES are not acceptable: {what}", f"{attributes:#x}"
+            )
+    if isinstance(body, TdReport15) and any(body.mr_service_td):
+        raise refused("td.service_td", "another trust domain serves this one", body.mr_service_td.hex(), "none")
+
+
+# Collateral
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Collateral:
+    """Authentic collateral under one root; compared by identity, because :func:`_collateral` makes one for each."""
+
+    root: bytes
+    root_fingerprint: str
+    parts: tuple[str, ...]
+    anchor: x509.Certificate
+    pck_ca: x509.Certificate
+    root_crl: x509.CertificateRevocationList
+    pck_crl: x509.CertificateRevocationList
+    tcb_info: TcbInfo
+    qe_identity: dict[str, Any]
+    qe_levels: PartLevels
+    validity: Validity
+    endorsements: tuple[Endorsement, ...]
+    for_dcap_qvl: Any
+
+
+_PART_KEYS = (
+    "pck_crl_issuer_chain",
+    "root_ca_crl",
+    "pck_crl",
+    "tcb_info_issuer_chain",
+    "tcb_info",
+    "tcb_info_signature",
+    "qe_identity_issuer_chain",
+    "qe_identity",
+    "qe_identity_signature",
+)
+
+
+def _parts(collateral: dict[str, str] | None) -> tuple[str, ...]:
+    """The collateral's values in the order of ``_PART_KEYS``, then the PCK certificate chain or an empty text.
+
+    Refuses with ``evidence.collateral.missing`` or ``.malformed``.
+    """
     if collateral is None:
-        raise _refused(
+        raise refused(
             "collateral.missing",
             "there is no collateral",
             None,
             "TCB info, QE identity and CRLs",
             "pass the collateral of the platform, for example from its PCCS",
         )
-    parts = check_collateral(collateral)
-    certificates = _Certificates(
-        anchor,
-        authority,
-        leaf,
-        *_chain(parts["pck_crl_issuer_chain"].encode(), anchor, "the PCK CRL's issuer chain", length=1),
-        *_chain(parts["tcb_info_issuer_chain"].encode(), anchor, "the TCB info's issuer chain", length=1),
-        *_chain(parts["qe_identity_issuer_chain"].encode(), anchor, "the QE identity's issuer chain", length=1),
-    )
-    _check_certificates(certificates)
-    window = _Window(now)
-    for certificate in (anchor, authority, leaf, certificates.pck_ca, certificates.tcb_signer, certificates.qe_signer):
-        window.certificate(certificate)
-    _check_revocation(parts, certificates, window)
-    tcb_info = _signed_json(parts, "tcb_info", certificates.tcb_signer, window)
-    qe_identity = _signed_json(parts, "qe_identity", certificates.qe_signer, window)
-    _check_quote_signatures(quote, qe_body, leaf)
-    pck = _pck_extension(leaf)
     try:
-        _check_collateral_subject(tcb_info, qe_identity, pck)
-        _check_qe_identity(qe_body, qe_identity)
-        level = _tcb_level(tcb_info, pck)
-        qe_level = _qe_level(qe_identity, qe_body)
-        evaluation_number = int(tcb_info["tcbEvaluationDataNumber"])
+        return (*[collateral[key] for key in _PART_KEYS], collateral.get(PCK_CHAIN_KEY, ""))
+    except (KeyError, TypeError, AttributeError):
+        check_collateral(collateral)
+        raise
+
+
+@functools.lru_cache(maxsize=_COLLATERALS)
+def _collateral(root: bytes, tee: str, parts: tuple[str, ...]) -> _Collateral:
+    """Everything that does not depend on the quote or the time; ``tee`` is ``SGX`` or ``TDX``.
+
+    Refuses with ``evidence.collateral.*``, ``evidence.certificate.*`` or ``evidence.root.untrusted``.
+    """
+    given = dict(zip(_PART_KEYS, parts, strict=False))
+    check_collateral(given)
+    anchor = pki.load(root)
+    pck_ca, tcb_signer, qe_signer = (
+        pki.chain(given[key].encode(), anchor, what, length=1)[0]
+        for key, what in (
+            ("pck_crl_issuer_chain", "the PCK CRL's issuer chain"),
+            ("tcb_info_issuer_chain", "the TCB info's issuer chain"),
+            ("qe_identity_issuer_chain", "the QE identity's issuer chain"),
+        )
+    )
+    for certificate in (anchor, pck_ca, tcb_signer, qe_signer):
+        pki.check_issued(certificate, anchor)
+    pki.check_purpose(pck_ca, _PCK_CA_NAMES, is_ca=True)
+    pki.check_purpose(tcb_signer, _TCB_SIGNING_NAME, is_ca=False)
+    pki.check_purpose(qe_signer, _TCB_SIGNING_NAME, is_ca=False)
+    root_crl, root_crl_period = pki.revocation_list(bytes.fromhex(given["root_ca_crl"]), "root_ca_crl", anchor)
+    pck_crl, pck_crl_period = pki.revocation_list(bytes.fromhex(given["pck_crl"]), "pck_crl", pck_ca)
+    for certificate in (anchor, pck_ca, tcb_signer, qe_signer):
+        pki.check_not_revoked(root_crl, certificate)
+    tcb_info, tcb_info_period = _signed_json(given, "tcb_info", tcb_signer)
+    qe_identity, qe_identity_period = _signed_json(given, "qe_identity", qe_signer)
+    try:
+        info = TcbInfo.parse(tcb_info, tee)
+        _check_qe_kind(qe_identity, tee)
+        levels = PartLevels.parse("the quoting enclave", qe_identity["tcbLevels"])
+        qe_number = int(qe_identity["tcbEvaluationDataNumber"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        # It is signed, so its issuer wrote something that this version does not know.
-        raise _refused("collateral.malformed", "the collateral's contents are not understood", repr(error)) from None
-    status = level.status
-    if qe_level.status == "OutOfDate":
-        status = _WITH_OLD_QE.get(status, status)
-    if "Revoked" in (level.status, qe_level.status):
-        raise _refused("tcb.revoked", "this TCB level is revoked", "Revoked", None, "update the platform")
-    if not body.debug:
-        # dcap-qvl refuses every debug enclave; whether one is acceptable is for the policy to say.
-        _second_opinion(raw, parts, root, now, status)
-    return Claims(
-        tee=tee,
-        simulated=simulated,
-        mrenclave=body.mrenclave.hex(),
-        mrsigner=body.mrsigner.hex(),
-        isv_prod_id=body.isv_prod_id,
-        isv_svn=body.isv_svn,
-        debug=body.debug,
-        attributes=body.attributes[:8].hex(),
-        xfrm=body.attributes[8:].hex(),
-        miscselect=body.miscselect,
-        cpusvn=body.cpusvn.hex(),
-        config_id=body.config_id.hex(),
-        report_data=body.report_data.hex(),
-        tcb_status=status,
-        advisories=tuple(sorted({*level.advisories, *qe_level.advisories})),
-        tcb_date=level.date,
-        tcb_evaluation_number=evaluation_number,
-        fmspc=pck.fmspc.hex(),
-        pce_svn=pck.pce_svn,
+        raise _not_understood(error) from None
+    dated = (
+        (root_crl_period, given["root_ca_crl"].encode(), anchor, pki.crl_number(root_crl)),
+        (pck_crl_period, given["pck_crl"].encode(), pck_ca, pki.crl_number(pck_crl)),
+        (tcb_info_period, given["tcb_info"].encode(), tcb_signer, info.number),
+        (qe_identity_period, given["qe_identity"].encode(), qe_signer, qe_number),
+    )
+    return _Collateral(
+        root=root,
         root_fingerprint=hashlib.sha256(root).hexdigest(),
-        collateral_issued=window.issued,
-        collateral_expires=window.expires,
-        verified_at=now,
+        parts=parts,
+        anchor=anchor,
+        pck_ca=pck_ca,
+        root_crl=root_crl,
+        pck_crl=pck_crl,
+        tcb_info=info,
+        qe_identity=qe_identity,
+        qe_levels=levels,
+        validity=Validity(
+            [
+                *(Period.of(certificate) for certificate in (anchor, pck_ca, tcb_signer, qe_signer)),
+                *(period for period, *_ in dated),
+            ]
+        ),
+        endorsements=tuple(
+            Endorsement(
+                period.what,
+                period.start,
+                period.end,
+                hashlib.sha256(bytes.fromhex(data.decode()) if period.what.endswith("crl") else data).hexdigest(),
+                pki.common_name(issuer),
+                number,
+            )
+            for period, data, issuer, number in dated
+        ),
+        for_dcap_qvl=_for_dcap_qvl(parts),
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Certificates:
-    """Every certificate that the evidence and its collateral bring, besides further copies of the root."""
-
-    anchor: x509.Certificate
-    authority: x509.Certificate
-    leaf: x509.Certificate
-    pck_ca: x509.Certificate
-    tcb_signer: x509.Certificate
-    qe_signer: x509.Certificate
-
-
-class _Window:
-    """Checks that everything is valid now, and remembers the collateral's oldest issue and first expiry."""
-
-    def __init__(self, now: int) -> None:
-        self._now = now
-        self.issued = now
-        self.expires = 1 << 62
-
-    def certificate(self, certificate: x509.Certificate) -> None:
-        """Refuses with ``evidence.certificate.expired`` or ``.not_yet_valid``."""
-        start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-        self._check("certificate", _common_name(certificate), start, end)
-
-    def collateral(self, what: str, issued: datetime.datetime, until: datetime.datetime | None) -> None:
-        """Refuses with ``evidence.collateral.expired`` or ``.not_yet_valid``."""
-        if until is None:
-            raise _refused("collateral.malformed", f"{what} never expires", None, "a date of the next update")
-        self._check("collateral", what, issued, until)
-        self.issued = min(self.issued, int(issued.timestamp()))
-        self.expires = min(self.expires, int(until.timestamp()))
-
-    def _check(self, kind: str, what: str, start: datetime.datetime, end: datetime.datetime) -> None:
-        now = _iso(datetime.datetime.fromtimestamp(self._now, datetime.UTC))
-        if self._now < start.timestamp():
-            raise _refused(
-                f"{kind}.not_yet_valid",
-                f"{what} is not valid yet",
-                now,
-                f"{_iso(start)} or later",
-                "check this machine's clock",
-            )
-        if self._now > end.timestamp():
-            raise _refused(
-                f"{kind}.expired",
-                f"{what} has expired",
-                now,
-                f"{_iso(end)} or earlier",
-                "fetch fresh collateral" if kind == "collateral" else "the platform needs new certificates",
-            )
-
-
-def _chain(pem: bytes, anchor: x509.Certificate, what: str, *, length: int = 2) -> tuple[x509.Certificate, ...]:
-    """The certificates of a PEM chain below the root, which must be the anchor itself; any order after the leaf.
-
-    Refuses with ``evidence.certificate.malformed`` or ``evidence.root.untrusted``.
-    """
-    found: list[x509.Certificate] = []
-    rebuilt = b""
-    for match in _PEM_BLOCK.finditer(pem):
-        try:
-            data = base64.b64decode(match[1].replace(b"\n", b""), validate=True)
-        except ValueError:
-            raise _refused("certificate.malformed", f"{what} is not base64", None) from None
-        found.append(_load_certificate(data))
-        rebuilt += found[-1].public_bytes(Encoding.PEM)
-    # Canonical text leaves no bit in which two accepted chains could differ.
-    if rebuilt.rstrip(b"\n") != pem.rstrip(b"\n"):
-        raise _refused("certificate.malformed", f"{what} is not plain PEM", f"{len(pem)} bytes")
-    roots = [certificate for certificate in found if certificate.subject == certificate.issuer]
-    others = [certificate for certificate in found if certificate.subject != certificate.issuer]
-    if len(roots) != 1 or len(others) != length:
-        raise _refused(
-            "certificate.malformed",
-            f"{what} has the wrong length",
-            f"{len(others)} and {len(roots)} self-signed",
-            f"{length} and the root",
+def _signed_json(parts: dict[str, str], key: str, signer: x509.Certificate) -> tuple[dict[str, Any], Period]:
+    """Refuses with ``evidence.collateral.signature`` or ``.malformed``."""
+    text = parts[key].encode()
+    if not pki.signature_valid(signer.public_key(), bytes.fromhex(parts[f"{key}_signature"]), text):
+        raise refused("collateral.signature", f"the signature of {key} does not verify", None)
+    try:
+        document = json.loads(text)
+        start, end = (
+            int(datetime.datetime.strptime(document[name], "%Y-%m-%dT%H:%M:%S%z").timestamp())
+            for name in ("issueDate", "nextUpdate")
         )
-    if roots[0] != anchor:
-        raise _refused(
-            "root.untrusted",
-            f"{what} ends in a root that is not trusted",
-            f"{_common_name(roots[0])}, SHA-256 {_fingerprint(roots[0])}",
-            f"{_common_name(anchor)}, SHA-256 {_fingerprint(anchor)}",
-            'evidence of a simulated platform needs simulated = "allow" and its root as trust_anchor',
-        )
-    return tuple(others)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise refused("collateral.malformed", f"{key} is not understood", repr(error)) from None
+    return document, Period("collateral", key, start, end)
 
 
-def _check_certificates(given: _Certificates) -> None:
-    """Signatures, purposes and names. Refuses with ``evidence.certificate.signature`` or ``.purpose``."""
-    for certificate, issuer in (
-        (given.anchor, given.anchor),
-        (given.authority, given.anchor),
-        (given.leaf, given.authority),
-        (given.pck_ca, given.anchor),
-        (given.tcb_signer, given.anchor),
-        (given.qe_signer, given.anchor),
-    ):
-        try:
-            certificate.verify_directly_issued_by(issuer)
-        except Exception as error:  # As below: whatever the library objects to, the certificate is not accepted.
-            raise _refused(
-                "certificate.signature",
-                f"the certificate {_common_name(certificate)} is not signed by {_common_name(issuer)}",
-                str(error) or "the signature does not verify",
-            ) from None
-    for certificate, is_ca, names in (
-        (given.leaf, False, _PCK_NAME),
-        (given.authority, True, _PCK_CA_NAMES),
-        (given.pck_ca, True, _PCK_CA_NAMES),
-        (given.tcb_signer, False, _TCB_SIGNING_NAME),
-        (given.qe_signer, False, _TCB_SIGNING_NAME),
-    ):
-        name = _common_name(certificate)
-        try:
-            constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
-            usage = certificate.extensions.get_extension_for_class(x509.KeyUsage).value
-            fits = constraints.ca is is_ca and (usage.key_cert_sign if is_ca else usage.digital_signature)
-        except x509.ExtensionNotFound:
-            fits = False
-        if not fits or not name.endswith(names):
-            raise _refused(
-                "certificate.purpose",
-                "a certificate is used for something else than it was issued for",
-                name,
-                " or ".join(names),
-            )
-    if given.pck_ca.public_key() != given.authority.public_key():
-        raise _refused(
+def _check_qe_kind(document: dict[str, Any], tee: str) -> None:
+    """Refuses with ``evidence.collateral.mismatch``."""
+    expected, versions = ("QE", (2,)) if tee == "SGX" else ("TD_QE", (2, 3))
+    found = (document["id"], document["version"])
+    if found[0] != expected or found[1] not in versions:
+        raise refused(
             "collateral.mismatch",
-            "the PCK CRL is not that of the quote's certificate authority",
-            _common_name(given.pck_ca),
-            _common_name(given.authority),
+            "the QE identity's kind does not fit the quote",
+            found,
+            f"{expected}, version {' or '.join(map(str, versions))}",
             "fetch the collateral of this platform",
         )
 
 
-def _check_revocation(parts: dict[str, str], given: _Certificates, window: _Window) -> None:
-    """Refuses with ``evidence.collateral.signature``, ``.malformed``, dates, or ``evidence.certificate.revoked``."""
-    for key, issuer, subjects in (
-        ("root_ca_crl", given.anchor, (given.anchor, given.authority, given.tcb_signer, given.qe_signer)),
-        ("pck_crl", given.authority, (given.leaf,)),
-    ):
-        try:
-            crl = x509.load_der_x509_crl(bytes.fromhex(parts[key]))
-            signed = crl.issuer == issuer.subject and crl.is_signature_valid(issuer.public_key())  # type: ignore[arg-type]
-            entries = [crl.get_revoked_certificate_by_serial_number(subject.serial_number) for subject in subjects]
-            issued, until = crl.last_update_utc, crl.next_update_utc
-        except Exception as error:  # As with certificates.
-            raise _refused("collateral.malformed", f"{key} cannot be parsed", str(error)) from None
-        if not signed:
-            raise _refused("collateral.signature", f"{key} is not signed by {_common_name(issuer)}", None)
-        window.collateral(key, issued, until)
-        for subject, entry in zip(subjects, entries, strict=True):
-            if entry is not None:
-                raise _refused(
-                    "certificate.revoked",
-                    f"the certificate {_common_name(subject)} is revoked",
-                    f"serial {subject.serial_number:x}",
-                    None,
-                    "do not trust this platform",
-                )
+def _for_dcap_qvl(parts: tuple[str, ...]) -> Any:
+    import dcap_qvl
 
-
-def _signed_json(parts: dict[str, str], key: str, signer: x509.Certificate, window: _Window) -> dict[str, Any]:
-    """Refuses with ``evidence.collateral.signature``, ``.malformed`` or its dates."""
-    text = parts[key].encode()
-    if not _signature_valid(signer, bytes.fromhex(parts[f"{key}_signature"]), text):
-        raise _refused("collateral.signature", f"the signature of {key} does not verify", None)
+    given = {key: value for key, value in zip((*_PART_KEYS, PCK_CHAIN_KEY), parts, strict=True) if value}
     try:
-        document: dict[str, Any] = json.loads(text)
-        issued, until = (
-            datetime.datetime.strptime(document[name], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=datetime.UTC)
-            for name in ("issueDate", "nextUpdate")
+        return dcap_qvl.QuoteCollateralV3.from_json(json.dumps(given))
+    except ValueError as error:
+        raise refused("collateral.malformed", "the collateral is not understood", str(error)) from None
+
+
+# The platform: certification
+
+
+@dataclass(frozen=True, slots=True)
+class _Certification:
+    """What vouches for an attestation key; every byte counts."""
+
+    chain: bytes
+    qe_report: bytes
+    qe_report_signature: bytes
+    qe_auth_data: bytes
+    attestation_key: bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Platform:
+    """A certified attestation key; compared by identity, because :func:`_platform` makes one for each."""
+
+    attestation_key: ec.EllipticCurvePublicKey
+    pck: PckExtension
+    instance_id: str | None
+    qe_rating: Rating
+    validity: Validity
+    certification: _Certification
+
+
+def _certification(quote: Quote, given: _Collateral) -> _Certification:
+    """Refuses with ``evidence.quote.cert_type``."""
+    fetched = given.parts[-1].encode()
+    if quote.cert_type == CERT_PCK_CHAIN and not fetched:
+        chain = quote.cert_data.removesuffix(b"\0")
+    elif fetched:
+        chain = fetched
+    else:
+        raise refused(
+            "quote.cert_type",
+            "the quote does not carry its PCK certificate chain",
+            f"type {quote.cert_type}",
+            f"type {CERT_PCK_CHAIN}, or collateral with {PCK_CHAIN_KEY}",
+            "configure the platform's quote provider to embed the chain, or fetch it from the platform's PCCS",
         )
-    except (ValueError, KeyError, TypeError) as error:
-        raise _refused("collateral.malformed", f"{key} is not understood", repr(error)) from None
-    window.collateral(key, issued, until)
-    return document
+    return _Certification(chain, quote.qe_report, quote.qe_report_signature, quote.qe_auth_data, quote.attestation_key)
 
 
-def _check_quote_signatures(quote: Quote, qe_body: ReportBody, leaf: x509.Certificate) -> None:
-    """Refuses with ``evidence.quote.signature``, ``.qe_binding`` or ``.qe_signature``."""
+@functools.lru_cache(maxsize=_PLATFORMS)
+def _platform(given: _Collateral, by: _Certification) -> _Platform:
+    """Everything about the platform that does not depend on the time.
+
+    Refuses with ``evidence.certificate.*``, ``evidence.root.untrusted``, ``evidence.collateral.mismatch``,
+    ``evidence.quote.qe_*`` or ``evidence.quote.attestation_key``.
+    """
+    leaf, authority = pki.chain(by.chain, given.anchor, "the quote's certificate chain")
+    pki.check_issued(authority, given.anchor)
+    pki.check_issued(leaf, authority)
+    pki.check_purpose(leaf, _PCK_NAME, is_ca=False)
+    pki.check_purpose(authority, _PCK_CA_NAMES, is_ca=True)
+    if given.pck_ca.public_key() != authority.public_key():
+        raise refused(
+            "collateral.mismatch",
+            "the PCK CRL is not that of the quote's certificate authority",
+            pki.common_name(given.pck_ca),
+            pki.common_name(authority),
+            "fetch the collateral of this platform",
+        )
+    pki.check_not_revoked(given.root_crl, authority)
+    pki.check_not_revoked(given.pck_crl, leaf)
     try:
-        attestation_key = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), b"\x04" + quote.attestation_key)
+        key = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), b"\x04" + by.attestation_key)
     except ValueError:
-        raise _refused("quote.attestation_key", "the attestation key is not a point of P-256", None) from None
-    expected = hashlib.sha256(quote.attestation_key + quote.qe_auth_data).digest() + bytes(32)
-    if qe_body.report_data != expected:
-        raise _refused(
+        raise refused("quote.attestation_key", "the attestation key is not a point of P-256", None) from None
+    qe = _qe_report(by)
+    expected = hashlib.sha256(by.attestation_key + by.qe_auth_data).digest() + bytes(32)
+    if qe.report_data != expected:
+        raise refused(
             "quote.qe_binding",
             "the quoting enclave does not vouch for the attestation key",
-            qe_body.report_data.hex(),
+            qe.report_data.hex(),
             expected.hex(),
         )
-    if not _signature_valid(leaf, quote.qe_report_signature, quote.qe_report):
-        raise _refused("quote.qe_signature", "the quoting enclave's report is not signed by the PCK", None)
-    if not _raw_signature_valid(attestation_key, quote.signature, quote.signed_bytes()):
-        raise _refused(
-            "quote.signature",
-            "the quote's signature does not verify",
-            None,
-            None,
-            "the quote was damaged or forged: challenge the enclave again",
-        )
-
-
-def _check_collateral_subject(tcb_info: dict[str, Any], qe_identity: dict[str, Any], pck: _Pck) -> None:
-    """Refuses with ``evidence.collateral.mismatch``: collateral of another platform or kind."""
-    for what, found, expected in (
-        ("the TCB info's kind", (tcb_info["id"], tcb_info["version"], tcb_info["tcbType"]), ("SGX", 3, 0)),
-        ("the QE identity's kind", (qe_identity["id"], qe_identity["version"]), ("QE", 2)),
-        ("the TCB info's FMSPC", tcb_info["fmspc"].lower(), pck.fmspc.hex()),
-        ("the TCB info's PCE-ID", tcb_info["pceId"].lower(), pck.pce_id.hex()),
+    if not pki.signature_valid(leaf.public_key(), by.qe_report_signature, by.qe_report):
+        raise refused("quote.qe_signature", "the quoting enclave's report is not signed by the PCK", None)
+    pck = _pck_extension(leaf)
+    for what, found, wanted in (
+        ("the TCB info's FMSPC", given.tcb_info.fmspc, pck.fmspc),
+        ("the TCB info's PCE-ID", given.tcb_info.pce_id, pck.pce_id),
     ):
-        if found != expected:
-            raise _refused(
+        if found != wanted:
+            raise refused(
                 "collateral.mismatch",
                 f"{what} does not fit the quote",
-                found,
-                expected,
+                found.hex(),
+                wanted.hex(),
                 "fetch the collateral of this platform",
             )
+    try:
+        _check_qe_identity(qe, given.qe_identity)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _not_understood(error) from None
+    instance = pck.platform_instance_id
+    return _Platform(
+        attestation_key=key,
+        pck=pck,
+        instance_id=None if instance is None else instance.hex(),
+        qe_rating=given.qe_levels.rate(qe.isv_svn),
+        validity=Validity([Period.of(leaf), Period.of(authority), *given.validity.periods]),
+        certification=by,
+    )
+
+
+def _qe_report(by: _Certification) -> ReportBody:
+    """Refuses with ``evidence.quote.body``."""
+    try:
+        return ReportBody.from_bytes(by.qe_report)
+    except StructureError as error:
+        raise refused("quote.body", f"the quoting enclave's {error.message}", error.found, error.expected) from None
 
 
 def _check_qe_identity(qe: ReportBody, document: dict[str, Any]) -> None:
@@ -415,95 +485,145 @@ def _check_qe_identity(qe: ReportBody, document: dict[str, Any]) -> None:
             Attributes.from_bytes(qe.attributes).masked(mask),
             Attributes.from_bytes(bytes.fromhex(document["attributes"])).masked(mask),
         ),
+        ("DEBUG", qe.debug, False),
     ):
         if found != expected:
-            raise _refused("quote.qe_identity", f"the quoting enclave's {what} is wrong", found, expected)
+            raise refused("quote.qe_identity", f"the quoting enclave's {what} is wrong", found, expected)
 
 
-def _tcb_level(tcb_info: dict[str, Any], pck: _Pck) -> _Level:
-    """The first level that the platform reaches. Refuses with ``evidence.tcb.unknown``."""
-    for level in tcb_info["tcbLevels"]:
-        wanted = [component["svn"] for component in level["tcb"]["sgxtcbcomponents"]]
-        if len(wanted) != len(pck.cpusvn):
-            raise ValueError(f"{len(wanted)} TCB components")
-        if all(have >= want for have, want in zip(pck.cpusvn, wanted, strict=True)) and (
-            pck.pce_svn >= level["tcb"]["pcesvn"]
-        ):
-            return _Level(level["tcbStatus"], level["tcbDate"], tuple(level.get("advisoryIDs", ())))
-    raise _refused("tcb.unknown", "the platform reaches no TCB level", pck.cpusvn.hex(), None, "update the platform")
-
-
-def _qe_level(qe_identity: dict[str, Any], qe: ReportBody) -> _Level:
-    """The first level that the quoting enclave reaches. Refuses with ``evidence.tcb.unknown``."""
-    for level in qe_identity["tcbLevels"]:
-        if qe.isv_svn >= level["tcb"]["isvsvn"]:
-            return _Level(level["tcbStatus"], level["tcbDate"], tuple(level.get("advisoryIDs", ())))
-    raise _refused("tcb.unknown", "the quoting enclave reaches no TCB level", qe.isv_svn, None, "update the platform")
-
-
-def _pck_extension(leaf: x509.Certificate) -> _Pck:
+def _pck_extension(leaf: x509.Certificate) -> PckExtension:
     """Refuses with ``evidence.certificate.malformed``."""
     try:
-        found = PckExtension.from_certificate(leaf.public_bytes(Encoding.DER))
+        return PckExtension.from_certificate(leaf.public_bytes(Encoding.DER))
     except StructureError as error:
-        raise _refused(
-            "certificate.malformed", "the PCK certificate has no usable SGX extension", error.found
-        ) from None
-    return _Pck(found.cpusvn, found.pce_svn, found.pce_id, found.fmspc)
+        raise refused("certificate.malformed", "the PCK certificate has no usable SGX extension", error.found) from None
 
 
-def _second_opinion(raw: bytes, parts: dict[str, str], root: bytes, now: int, status: str) -> None:
+# Each quote
+
+
+def _check_signature(quote: Quote, platform: _Platform) -> None:
+    """Refuses with ``evidence.quote.signature``."""
+    if not pki.signature_valid(platform.attestation_key, quote.signature, quote.signed_bytes()):
+        raise refused(
+            "quote.signature",
+            "the quote's signature does not verify",
+            None,
+            None,
+            "the quote was damaged or forged: challenge the enclave again",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """The platform's rating, with its quoting enclave's and TDX module's; and the latter's alone."""
+
+    rating: Rating
+    module: Rating | None
+
+
+_Key = tuple[_Collateral, _Platform, bytes, bytes, bytes]
+_verdicts: OrderedDict[_Key, _Verdict] = OrderedDict()
+
+
+def _verdict(
+    quote: Quote, body: ReportBody | TdReport10, given: _Collateral, platform: _Platform, raw: bytes, now: int
+) -> _Verdict:
+    """Our rating, with which dcap-qvl agrees. The quote's signature must have been verified, and the time checked.
+
+    Refuses with ``evidence.tcb.*``, ``evidence.td.module``, ``evidence.quote.refused``,
+    ``evidence.verifier.disagreement``.
+    """
+    # Of a body, what either verifier looks at besides its signature: of an enclave up to ATTRIBUTES, of a trust domain
+    # up to XFAM, and what TDX 1.5 adds.
+    judged = _SGX_BODY_JUDGED if isinstance(body, ReportBody) else _TDX_BODY_JUDGED
+    key = (given, platform, quote.header.to_bytes(), quote.body[:judged], quote.body[TdReport10.LAYOUT.size :])
+    found = _verdicts.get(key)
+    if found is not None:
+        return found
+    if isinstance(body, TdReport10):
+        found = _rate_domain(body, given.tcb_info, platform)
+        judges = not body.td_attributes & _TD_UNDER_DEBUG
+    else:
+        rating = given.tcb_info.rate(platform.pck.tcb_components, platform.pck.pce_svn)
+        found = _Verdict(rating.with_part(platform.qe_rating, dated=False), None)
+        judges = not body.debug and quote.header.version == VERSION_3
+    check_not_revoked(found.rating)
+    if judges:
+        _second_opinion(raw, given, now, found.rating.status)
+    _verdicts[key] = found
+    while len(_verdicts) > _VERDICTS:
+        _verdicts.popitem(last=False)
+    return found
+
+
+def _rate_domain(body: TdReport10, info: TcbInfo, platform: _Platform) -> _Verdict:
+    """Refuses with ``evidence.td.module`` or ``evidence.tcb.*``."""
+    identity = info.module_identity(body.tee_tcb_svn)
+    for what, found, expected in (
+        ("MRSIGNERSEAM", body.mr_signer_seam.hex(), identity.mrsigner.hex()),
+        # Bits outside of the mask must be zero.
+        ("SEAMATTRIBUTES", f"{body.seam_attributes:#x}", f"{identity.attributes & identity.mask:#x}"),
+    ):
+        if found != expected:
+            raise refused("td.module", f"the TDX module's {what} is wrong", found, expected)
+    components, pce_svn = platform.pck.tcb_components, platform.pck.pce_svn
+    launched = info.rate(components, pce_svn, body.tee_tcb_svn).with_part(platform.qe_rating, dated=False)
+    if isinstance(body, TdReport15):
+        current = info.rate(components, pce_svn, body.tee_tcb_svn2).with_part(platform.qe_rating, dated=False)
+        check_not_revoked(launched, current)
+        launched = after_relaunch(launched, current)
+    return _Verdict(launched, info.module_rating(body.tee_tcb_svn))
+
+
+def _second_opinion(raw: bytes, given: _Collateral, now: int, status: str) -> None:
     """dcap-qvl must agree. Refuses with ``evidence.quote.refused`` or ``evidence.verifier.disagreement``."""
     import dcap_qvl
 
     try:
-        verified = dcap_qvl.verify_with_root_ca(raw, dcap_qvl.QuoteCollateralV3.from_json(json.dumps(parts)), root, now)
+        verified = dcap_qvl.verify_with_root_ca(raw, given.for_dcap_qvl, given.root, now)
     except ValueError as error:
-        raise _refused("quote.refused", "the quote does not verify", " ".join(str(error).split())) from None
+        raise refused("quote.refused", "the quote does not verify", " ".join(str(error).split())) from None
     if verified.status != status:
-        raise _refused("verifier.disagreement", "two verifiers disagree on the TCB status", verified.status, status)
+        raise refused("verifier.disagreement", "two verifiers disagree on the TCB status", verified.status, status)
 
 
-def _signature_valid(signer: x509.Certificate, signature: bytes, message: bytes) -> bool:
-    key = signer.public_key()
-    return isinstance(key, ec.EllipticCurvePublicKey) and _raw_signature_valid(key, signature, message)
+def _domain_claims(body: TdReport10, module: Rating | None) -> TdxClaims:
+    later = body if isinstance(body, TdReport15) else None
+    attributes = body.td_attributes
+    return TdxClaims(
+        mr_td=body.mr_td.hex(),
+        mr_config_id=body.mr_config_id.hex(),
+        mr_owner=body.mr_owner.hex(),
+        mr_owner_config=body.mr_owner_config.hex(),
+        mr_seam=body.mr_seam.hex(),
+        mrsigner_seam=body.mr_signer_seam.hex(),
+        seam_attributes=_little(body.seam_attributes),
+        td_attributes=_little(attributes),
+        xfam=_little(body.xfam),
+        tcb_svn=body.tee_tcb_svn.hex(),
+        rtmr_0=body.rtmr0.hex(),
+        rtmr_1=body.rtmr1.hex(),
+        rtmr_2=body.rtmr2.hex(),
+        rtmr_3=body.rtmr3.hex(),
+        septve_disable=bool(attributes & TD_SEPT_VE_DISABLE),
+        migratable=bool(attributes & TD_MIGRATABLE),
+        protection_keys=bool(attributes & TD_PKS),
+        key_locker=bool(attributes & TD_KL),
+        perfmon=bool(attributes & TD_PERFMON),
+        tee_tcb_svn2=None if later is None else later.tee_tcb_svn2.hex(),
+        mr_servicetd=None if later is None else later.mr_service_td.hex(),
+        module_version=body.tee_tcb_svn[1],
+        module_svn=body.tee_tcb_svn[0],
+        module_status=None if module is None else module.status,
+        module_date=None if module is None else module.date,
+    )
 
 
-def _raw_signature_valid(key: ec.EllipticCurvePublicKey, signature: bytes, message: bytes) -> bool:
-    if len(signature) != 64:
-        return False
-    encoded = utils.encode_dss_signature(int.from_bytes(signature[:32], "big"), int.from_bytes(signature[32:], "big"))
-    try:
-        key.verify(encoded, message, ec.ECDSA(SHA256()))
-    except InvalidSignature:
-        return False
-    return True
+def _little(number: int) -> str:
+    return number.to_bytes(8, "little").hex()
 
 
-def _load_certificate(data: bytes) -> x509.Certificate:
-    """Refuses with ``evidence.certificate.malformed``."""
-    try:
-        certificate = x509.load_der_x509_certificate(data)
-        # The library parses these when they are first asked for; afterwards they cannot fail.
-        _ = certificate.subject, certificate.issuer, certificate.extensions, certificate.public_key()
-        _ = certificate.not_valid_before_utc, certificate.not_valid_after_utc, certificate.signature_hash_algorithm
-    except Exception as error:  # The library has a dozen unrelated exceptions for what is wrong with a certificate.
-        raise _refused("certificate.malformed", "a certificate cannot be parsed", str(error)) from None
-    return certificate
-
-
-def _common_name(certificate: x509.Certificate) -> str:
-    names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    return str(names[0].value) if names else "(no name)"
-
-
-def _fingerprint(certificate: x509.Certificate) -> str:
-    return certificate.fingerprint(SHA256()).hex()
-
-
-def _iso(moment: datetime.datetime) -> str:
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _refused(event: str, what: str, found: object, expected: object = None, remedy: str | None = None) -> EvidenceError:
-    return EvidenceError(what, id=f"evidence.{event}", found=found, expected=expected, remedy=remedy)
+def _not_understood(error: Exception) -> InclavareError:
+    """For signed documents: their issuer wrote something that this version does not know."""
+    return refused("collateral.malformed", "the collateral's contents are not understood", repr(error))

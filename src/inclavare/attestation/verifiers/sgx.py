@@ -26,6 +26,7 @@ class SgxVerifier:
             now=now,
             tee="sgx",
             simulated=False,
+            source=evidence.collateral_source,
         )
 
 

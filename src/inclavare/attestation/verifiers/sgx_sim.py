@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from ...errors import EvidenceError
+from ...sgx.intel import INTEL_ROOT_CA
 from ..claims import Claims
 from ..evidence import Evidence
 from ..policy import Policy
-from .sgx import INTEL_ROOT_CA
+from .tdx import with_event_log
 
 
 class SimulatedSgxVerifier:
     """See :class:`inclavare.attestation.verifiers.Verifier`."""
 
     def verify(self, evidence: Evidence, policy: Policy, now: int) -> Claims:
-        """The authentic claims of an enclave on the simulated platform whose root the policy names.
+        """The authentic claims of an enclave or trust domain of the simulated platform whose root the policy names.
 
         Raises:
             EvidenceError: ``evidence.root.untrusted`` without such a root; else see
@@ -25,18 +26,20 @@ class SimulatedSgxVerifier:
             raise EvidenceError(
                 "the evidence is of a simulated platform, and the policy trusts none",
                 id="evidence.root.untrusted",
-                found="evidence of sgx-sim",
-                expected="evidence of SGX hardware",
+                found=f"evidence of {evidence.tee}",
+                expected="evidence of hardware",
                 remedy='for development, set simulated = "allow" and trust_anchor = "<the platform\'s root CA>"',
             )
-        return verify_quote(
+        claims = verify_quote(
             evidence.quote,
             evidence.collateral,
             root=policy.trust_anchor,
             now=now,
-            tee="sgx-sim",
+            tee=evidence.tee,
             simulated=True,
+            source=evidence.collateral_source,
         )
+        return claims if evidence.event_log is None else with_event_log(claims, evidence.event_log)
 
 
 def create() -> SimulatedSgxVerifier:

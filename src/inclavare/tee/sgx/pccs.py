@@ -11,7 +11,18 @@ import re
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ...errors import PlatformError
+from ...errors import EvidenceError, PlatformError
+from ...sgx.certification import (
+    CERT_PCK_CHAIN,
+    CERT_PCK_LEAF,
+    CERT_PPID_PLAIN,
+    PckIdentifier,
+    certificates,
+    parse,
+)
+from ...sgx.pck import PckExtension
+from ...sgx.quote import TEE_SGX, Quote
+from ...sgx.structs import StructureError
 
 CONFIGURATION = "etc/sgx_default_qcnl.conf"
 #: Where Intel's root CRL is where the service has none of its own: the root certificate's distribution point.
@@ -50,32 +61,50 @@ def _settings(text: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def collateral(url: str, quote: bytes, *, check_certificate: bool = True) -> dict[str, str]:
+def base(url: str) -> str:
+    """A service's URL as the other functions take it, from one with or without ``/sgx/certification/v4``.
+
+    Raises:
+        PlatformError: ``tee.sgx.pccs``: not an http or https URL.
+    """
+    if not re.match(r"https?://[^/\s]+", url):
+        _unavailable(f"{url} is not an http or https URL")
+    return (url if "/certification/" in url else f"{url.rstrip('/')}/sgx/certification/v4").rstrip("/") + "/"
+
+
+def collateral(
+    url: str, quote: bytes, *, check_certificate: bool = True, timeout: float | None = None
+) -> dict[str, str]:
     """Everything that verifying ``quote`` takes, in dcap-qvl's JSON layout.
 
     Args:
-        url: see :func:`service`.
-        quote: an SGX quote with its PCK certificate chain.
+        url: see :func:`service`; for trust domains the paths under ``/tdx`` beside it are used, too.
+        quote: an enclave's or trust domain's. Without a PCK certificate (certification data types 1 to 3) the service
+            is asked for it; with nothing but the certificate (type 4), for its chain.
+        timeout: seconds for each answer; by default ``TIMEOUT``.
 
     Raises:
         PlatformError: ``tee.sgx.pccs``.
     """
-    import dcap_qvl
-
     try:
-        parsed = dcap_qvl.parse_quote(quote)
-        fmspc, ca = parsed.fmspc().lower(), parsed.ca()
-    except ValueError as error:
-        _unavailable(f"the quote has no PCK certificate: {error}")
-    fetch = _Fetcher(url, check_certificate)
+        parsed = Quote.split(quote)[0]
+    except EvidenceError as error:
+        _unavailable(f"the quote has no PCK certificate: {error.message}")
+    fetch = Fetcher(url, check_certificate, timeout)
+    fetched = _pck_chain(fetch, parsed)
+    fmspc, ca = platform_of(fetched or parsed.cert_data)
+    ours = "" if parsed.header.tee_type == TEE_SGX else url.replace("/sgx/certification/", "/tdx/certification/")
     crl, headers = fetch(f"pckcrl?ca={ca}&encoding=der")
-    tcb, tcb_headers = fetch(f"tcb?fmspc={fmspc}")
-    identity, identity_headers = fetch("qe/identity")
+    tcb, tcb_headers = fetch(f"{ours}tcb?fmspc={fmspc}")
+    identity, identity_headers = fetch(f"{ours}qe/identity")
     root_crl = fetch.optional("rootcacrl") or fetch(ROOT_CRL)[0]
     tcb_info, tcb_signature = _signed(tcb, "tcbInfo")
     qe_identity, identity_signature = _signed(identity, "enclaveIdentity")
-    return {
-        "pck_crl_issuer_chain": _chain(headers, "SGX-PCK-CRL-Issuer-Chain"),
+    issuers = _chain(headers, "SGX-PCK-CRL-Issuer-Chain")
+    if parsed.cert_type == CERT_PCK_LEAF:
+        fetched = parsed.cert_data.removesuffix(b"\0").rstrip() + b"\n" + issuers.encode()
+    found = {
+        "pck_crl_issuer_chain": issuers,
         "root_ca_crl": _der(root_crl).hex(),
         "pck_crl": _der(crl).hex(),
         "tcb_info_issuer_chain": _chain(tcb_headers, "TCB-Info-Issuer-Chain", "SGX-TCB-Info-Issuer-Chain"),
@@ -85,13 +114,61 @@ def collateral(url: str, quote: bytes, *, check_certificate: bool = True) -> dic
         "qe_identity": qe_identity,
         "qe_identity_signature": identity_signature,
     }
+    return {**found, "pck_certificate_chain": fetched.decode()} if fetched else found
 
 
-class _Fetcher:
-    def __init__(self, url: str, check_certificate: bool) -> None:
+def _pck_chain(fetch: Fetcher, quote: Quote) -> bytes:
+    """The PCK certificate chain, PEM, of a quote that only identifies it; empty where the quote has a certificate.
+
+    The quoting enclave's id stands in the header's user data. A PCCS knows the platform by it; Intel's own service also
+    needs the encrypted PPID.
+    """
+    if quote.cert_type in (CERT_PCK_LEAF, CERT_PCK_CHAIN):
+        return b""
+    identifier = parse(quote.cert_type, quote.cert_data)
+    if not isinstance(identifier, PckIdentifier):
+        _unavailable(f"certification data of type {quote.cert_type} does not identify a PCK certificate")
+    asked = {
+        "qeid": quote.header.user_data[:16],
+        "encrypted_ppid": b"" if quote.cert_type == CERT_PPID_PLAIN else identifier.ppid,
+        "cpusvn": identifier.cpusvn,
+        "pcesvn": identifier.pce_svn.to_bytes(2, "little"),
+        "pceid": identifier.pce_id,
+    }
+    query = "&".join(f"{name}={value.hex().upper()}" for name, value in asked.items() if value)
+    leaf, headers = fetch(f"pckcert?{query}")
+    return leaf.rstrip() + b"\n" + _chain(headers, "SGX-PCK-Certificate-Issuer-Chain").encode()
+
+
+def platform_of(pem: bytes) -> tuple[str, str]:
+    """FMSPC (hexadecimal) and certificate authority (``platform`` or ``processor``) of a PCK certificate, PEM, first.
+
+    Raises:
+        PlatformError: ``tee.sgx.pccs``: no such certificate.
+    """
+    try:
+        leaf = certificates(pem)[0]
+        fmspc = PckExtension.from_certificate(leaf).fmspc
+    except (EvidenceError, StructureError) as error:
+        _unavailable(f"the quote has no PCK certificate: {error.message}")
+    # In the issuer's name, whoever that is.
+    return fmspc.hex(), "platform" if b"PCK Platform CA" in leaf else "processor"
+
+
+class Fetcher:
+    """GET requests to a service.
+
+    Args:
+        url: what paths are relative to; ends in a slash.
+        check_certificate: whether the service's TLS certificate must be valid.
+        timeout: seconds for each answer; by default ``TIMEOUT``.
+    """
+
+    def __init__(self, url: str, check_certificate: bool = True, timeout: float | None = None) -> None:
         import ssl
 
         self._url = url
+        self._timeout = TIMEOUT if timeout is None else timeout
         self._context = ssl.create_default_context()
         if (
             not check_certificate
@@ -100,6 +177,7 @@ class _Fetcher:
             self._context.verify_mode = ssl.CERT_NONE
 
     def __call__(self, path: str) -> tuple[bytes, Any]:
+        """Body and headers. Raises PlatformError, ``tee.sgx.pccs``."""
         from urllib.error import HTTPError
 
         try:
@@ -126,7 +204,7 @@ class _Fetcher:
         from urllib.request import urlopen
 
         # The scheme is http or https: checked where the URL was read.
-        with urlopen(self._place(path), timeout=TIMEOUT, context=self._context) as answer:  # noqa: S310
+        with urlopen(self._place(path), timeout=self._timeout, context=self._context) as answer:  # noqa: S310
             data = answer.read(MAX_ANSWER + 1)
             if len(data) > MAX_ANSWER:
                 raise ValueError(f"more than {MAX_ANSWER} bytes")
