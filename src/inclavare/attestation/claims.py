@@ -1,7 +1,7 @@
 """What a verifier found out about a TEE from authentic evidence (RFC 9334: the input of appraisal).
 
-:class:`Claims` has what every TEE has and, flat, an SGX enclave's fields. A trust domain's are in :attr:`Claims.tdx`, an
-SEV-SNP guest's in :attr:`Claims.snp`; an SGX enclave's fields are then empty, so that a policy that names an enclave
+:class:`Claims` has what every TEE has and, flat, an SGX enclave's fields. A trust domain's are in :attr:`Claims.tdx`,
+an SEV-SNP guest's in :attr:`Claims.snp`; an SGX enclave's fields are then empty, so that a policy that names an enclave
 refuses everything else.
 """
 

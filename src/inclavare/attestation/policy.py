@@ -33,6 +33,9 @@ TCB_STATUSES = (
     "ConfigurationAndSWHardeningNeeded",
     "OutOfDate",
     "OutOfDateConfigurationNeeded",
+    "TDRelaunchAdvised",
+    "TDRelaunchAdvisedConfigurationNeeded",
+    "NotRated",
 )
 _AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _PEM = re.compile(rb"-----BEGIN CERTIFICATE-----(.+?)-----END CERTIFICATE-----", re.DOTALL)
