@@ -73,7 +73,7 @@ class Database:
         """Run reading work.
 
         Args:
-            snapshot: all statements see the database as it was at one time.
+            snapshot: all statements see the database as it was at one time; the work is never run again.
 
         Raises:
             Unavailable: the database cannot be reached.
@@ -85,7 +85,7 @@ class Database:
                     return work(connection)
             except exc.DBAPIError as error:
                 # The server was restarted: the pool is new already.
-                if not (error.connection_invalidated and attempt == 0):
+                if snapshot or not (error.connection_invalidated and attempt == 0):
                     raise translated(error) from None
             except exc.TimeoutError as error:
                 raise translated(error) from None

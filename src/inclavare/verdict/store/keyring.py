@@ -254,7 +254,8 @@ class Keyring:
         slots = self.slots()
         newest = max(slot.generation for slot in slots)
         unfinished = len({slot.generation for slot in slots}) > 1
-        known = any(slot.generation == newest and self._try(slot, new) is not None for slot in slots)
+        present = [slot for slot in slots if slot.generation == newest]
+        known = any(self._try(slot, new) is not None for slot in present)
         if unfinished:
             if known:
                 return newest
@@ -264,10 +265,15 @@ class Keyring:
                 remedy="finish it first: rotate again with that key",
             )
         root = os.urandom(crypto.KEY_SIZE)
-        masters = [new] if known else [self._master, new]
-        if known and any(self._try(slot, self._master) is None for slot in slots):
-            masters = [new]
-        fresh = [make_slot(master, root, newest + 1, self.store_uid) for master in masters]
+        for slot in present:
+            if self._try(slot, new) is None and self._try(slot, self._master) is None:
+                raise Conflict(
+                    "a third master key opens this store, and would not open the next root key",
+                    id="verdict.store.master.rotation",
+                    found=f"a master key of kind {slot.kind}",
+                    remedy="retire the master keys that are not in use any more first",
+                )
+        fresh = [make_slot(master, root, newest + 1, self.store_uid) for master in (self._master, new)]
         # Who has the new master key only must be able to read what is not yet wrapped again.
         if not known:
             fresh.append(make_slot(new, self._root(newest), newest, self.store_uid))
