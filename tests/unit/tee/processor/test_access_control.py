@@ -29,6 +29,7 @@ from sgx_machine import (
 )
 
 from inclavare.errors import IntegrityError
+from inclavare.sgx.codes import Enclu
 from inclavare.sgx.paging import PAGE_SIZE, PT_SECS, PT_SS_REST, PT_TCS, PT_TRIM, PT_VA
 from inclavare.tee.sgx_sim.processor import Fault, GeneralProtection, LogicalProcessor, PageFault
 
@@ -263,6 +264,20 @@ def test_translations_are_cached_until_exit(inside: Machine) -> None:
     inside.user.aex(0x20)
     inside.user.enclu()
     assert refused(inside.user, DATA, "r").rule == "epcm.blocked"
+
+
+@pytest.mark.parametrize("exit", ["EEXIT", "AEX"])
+def test_nothing_is_cached_outside(inside: Machine, exit: str) -> None:
+    """What the enclave could read a moment ago is the abort page once it has been left."""
+    inside.user.read(DATA, 1)
+    inside.user.write(DATA, b"data")
+    if exit == "AEX":
+        inside.user.aex(0x20)
+    else:
+        inside.enclu(Enclu.EEXIT, HOST_CODE)
+    assert inside.user.read(DATA, 4) == b"\xff" * 4
+    inside.user.write(DATA, b"lost")
+    assert inside.cpu.read_epc(DATA_PAGE, 0, 4) == b"data"
 
 
 def test_each_processor_caches_for_itself(inside: Machine) -> None:

@@ -450,7 +450,7 @@ def test_eaccept_page(inside: Machine, fields: dict[str, Any]) -> None:
     inside.eaug()
     inside.change(FREE_PAGE, **fields)
     inner(inside, RW | SECINFO_PENDING)
-    with inside.faults(PageFault, "eaccept.page", address=SPARE, sgx=True):
+    with inside.faults(PageFault, "eaccept.page", address=SPARE, sgx=True, write=True):
         inside.enclu(Enclu.EACCEPT, INNER, SPARE)
 
 
@@ -545,10 +545,12 @@ def test_eacceptcopy_concurrency(inside: Machine) -> None:
         (PT_REG, SECINFO_R | SECINFO_W, RW),
         (PT_REG, SECINFO_R, PT_REG | SECINFO_R),
         (PT_REG, SECINFO_X, PT_REG | SECINFO_X),
+        (PT_REG | SECINFO_X, SECINFO_R, PT_REG | SECINFO_R | SECINFO_X),
+        (RWX, 0, RWX),
     ],
 )
 def test_emodpe(inside: Machine, before: int, flags: int, after: int) -> None:
-    inside.change(MORE_PAGE, r=bool(before & 1), w=bool(before & 2))
+    inside.change(MORE_PAGE, r=bool(before & 1), w=bool(before & 2), x=bool(before & 4))
     inner(inside, flags)
     registers = inside.enclu(Enclu.EMODPE, INNER, MORE)
     assert inside.entry(MORE_PAGE).flags == after
@@ -580,7 +582,7 @@ def test_emodpe_takes_effect_at_once(inside: Machine) -> None:
 def test_emodpe_page(inside: Machine, rule: str, fields: dict[str, Any]) -> None:
     inner(inside, SECINFO_X)
     inside.change(MORE_PAGE, **fields)
-    with inside.faults(PageFault, rule, address=MORE, sgx=True):
+    with inside.faults(PageFault, rule, address=MORE, sgx=True, write=False):
         inside.enclu(Enclu.EMODPE, INNER, MORE)
 
 
@@ -665,6 +667,25 @@ class TestOperands:
         inside.space.map_ram(SPARE + PAGE_SIZE, PAGE_SIZE)
         with inside.faults(PageFault, rule, address=SPARE + PAGE_SIZE, sgx=True):
             inside.enclu(leaf, INNER, SPARE + PAGE_SIZE, DATA)
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_read_only_mappings(inside: Machine, leaf: Enclu) -> None:
+    """EACCEPTCOPY writes its target; nothing else needs a writable mapping."""
+    inside.eaug()
+    inner(inside, LEAVES[leaf])
+    inside.user.flush()
+    for linear in (DATA, MORE):
+        inside.space.protect(linear, writable=False, executable=False)
+    if leaf is Enclu.EACCEPTCOPY:
+        inside.space.protect(SPARE, writable=False, executable=False)
+        with inside.faults(PageFault, "paging.writable", address=SPARE, write=True):
+            inside.enclu(leaf, INNER, SPARE, MORE)
+        inside.space.protect(SPARE, writable=True, executable=False)
+    elif leaf is Enclu.EACCEPT:
+        inside.space.protect(SPARE, writable=False, executable=False)
+    inside.enclu(leaf, INNER, MORE if leaf is Enclu.EMODPE else SPARE, MORE)
+    assert inside.events[-1].rule == ""
 
 
 def test_eacceptcopy_source(inside: Machine) -> None:

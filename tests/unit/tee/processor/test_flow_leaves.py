@@ -101,6 +101,7 @@ def test_eenter(enclave: Machine) -> None:
         fs_base=0x111,
         gs_base=0x222,
     )
+    poke_gprsgx(enclave, "exitinfo", 0x8000_0306, size=4)
     user.enclu()
     registers = user.registers
     assert (registers.rip, registers.rcx, registers.rax) == (CODE + 0x10, HOST_CODE + 3, 0)
@@ -115,7 +116,7 @@ def test_eenter(enclave: Machine) -> None:
     tcs = enclave.tcs()
     assert (tcs.state, tcs.aep, tcs.cssa) == (1, AEP, 0)
     saved = gprsgx(enclave)
-    assert (saved.ursp, saved.urbp) == (STACK, STACK + 8)
+    assert (saved.ursp, saved.urbp, saved.exitinfo) == (STACK, STACK + 8, 0x8000_0306)
     active = user.active
     assert active is not None
     assert (active.secs_page, active.tcs_page, active.tcs_linear) == (SECS_PAGE, TCS_PAGE, TCS)
@@ -240,7 +241,7 @@ class TestEntry:
     def test_tcs_page(self, enclave: Machine, leaf: Enclu, rule: str, fields: dict[str, Any]) -> None:
         name = ready(enclave, leaf)
         enclave.change(TCS_PAGE, **fields)
-        with enclave.faults(PageFault, f"{name}.{rule}", address=TCS, sgx=True):
+        with enclave.faults(PageFault, f"{name}.{rule}", address=TCS, sgx=True, write=False):
             attempt(enclave, leaf)
 
     def test_tcs_at_another_address(self, enclave: Machine, leaf: Enclu) -> None:
@@ -392,7 +393,7 @@ def test_eexit(inside: Machine) -> None:
     registers.rflags = 0x8D7
     registers.rsp, registers.rbp = STACK + 0x10, 0
     xsave = registers.xsave
-    attempt(inside, Enclu.EEXIT, HOST_CODE + 0x40)
+    attempt(inside, Enclu.EEXIT, HOST_CODE + 0x40, 0)
     assert not inside.user.enclave_mode
     assert (registers.rip, registers.rcx, registers.rax) == (HOST_CODE + 0x40, AEP, Enclu.EEXIT)
     # Registers are the enclave's to clean.

@@ -135,7 +135,6 @@ def _activate(
     if not dbgoptin:
         # An opt-out entry makes the enclave one instruction to a debugger.
         registers.rflags &= ~RFLAGS_TF
-    lp.flush()
 
 
 def _enter(
@@ -239,6 +238,7 @@ def leave(lp: LogicalProcessor) -> None:
         registers.rflags = registers.rflags & ~RFLAGS_TF | active.saved_tf
     write_tcs(lp, active.tcs_page, replace(read_tcs(lp, active.tcs_page), state=INACTIVE))
     lp.active = None
+    # Nothing is cached outside of enclave mode: an entry finds no translation to flush.
     lp.flush()
 
 
