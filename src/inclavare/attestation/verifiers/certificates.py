@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from cryptography.x509.oid import NameOID
 
 from ...errors import EvidenceError
 
+#: How many certificates and signatures of certificates are remembered: authorities return with every platform.
+_CERTIFICATES = 512
 _PEM_BLOCK = re.compile(rb"-----BEGIN CERTIFICATE-----\n([A-Za-z0-9+/=\n]+?)\n-----END CERTIFICATE-----\n?")
 
 
@@ -94,6 +97,7 @@ def iso(moment: int) -> str:
     return datetime.datetime.fromtimestamp(moment, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+@functools.lru_cache(maxsize=_CERTIFICATES)
 def load(data: bytes) -> x509.Certificate:
     """A certificate from DER. Refuses with ``evidence.certificate.malformed``."""
     try:
@@ -152,6 +156,7 @@ def chain(pem: bytes, anchor: x509.Certificate, what: str, *, length: int = 2) -
     return tuple(others)
 
 
+@functools.lru_cache(maxsize=_CERTIFICATES)
 def check_issued(certificate: x509.Certificate, issuer: x509.Certificate) -> None:
     """Refuses with ``evidence.certificate.signature``."""
     try:

@@ -144,6 +144,8 @@ def verify_quote(
 
 def forget() -> None:
     """Judge everything anew; for measurements of what the memory is worth."""
+    pki.load.cache_clear()
+    pki.check_issued.cache_clear()
     _collateral.cache_clear()
     _platform.cache_clear()
     _verdicts.clear()
