@@ -13,6 +13,7 @@ from sgx_machine import (
     HOST_CODE,
     MORE,
     NON_CANONICAL,
+    NOWHERE,
     SECS_PAGE,
     SOURCE,
     SPARE,
@@ -342,6 +343,12 @@ class TestEntry:
             attempt(enclave, leaf)
         enclave.space.map_epc(SSA, SSA_PAGE, writable=False, executable=False)
         with enclave.faults(PageFault, "paging.writable", address=SSA, sgx=False):
+            attempt(enclave, leaf)
+
+    def test_ssa_wraps_around(self, enclave: Machine, leaf: Enclu) -> None:
+        ready(enclave, leaf)
+        enclave.set_tcs(ossa=(1 << 64) - BASE + NOWHERE)
+        with enclave.faults(PageFault, "paging.present", address=NOWHERE):
             attempt(enclave, leaf)
 
     def test_ssa_outside_of_the_enclave(self, enclave: Machine, leaf: Enclu) -> None:

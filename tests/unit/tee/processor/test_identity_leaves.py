@@ -70,7 +70,9 @@ def test_ereport(inside: Machine) -> None:
 
 
 def test_ereport_does_not_look_at_reserved_bytes_of_targetinfo(inside: Machine) -> None:
-    prepared(inside).user.write(TARGETINFO + 500, b"reserved")
+    prepared(inside)
+    for offset in (51, 56, 128, 400, 500):
+        inside.user.write(TARGETINFO + offset, b"!")
     report.verify(ROOTS, inside.cpu.secs(SECS_PAGE).identity, ereport(inside))
 
 
@@ -121,6 +123,21 @@ def test_output_page(inside: Machine, rule: str, fields: dict[str, Any]) -> None
     with inside.faults(PageFault, rule, address=OUTPUT, sgx=True):
         inside.enclu(Enclu.EREPORT, TARGETINFO, REPORTDATA, OUTPUT)
     with inside.faults(PageFault, rule, address=OUTPUT, sgx=True):
+        inside.enclu(Enclu.EGETKEY, KEYREQUEST, OUTPUT)
+
+
+def test_inputs_need_no_writable_mapping(inside: Machine) -> None:
+    prepared(inside).user.write(KEYREQUEST, KeyRequest(key_name=keys.KEY_REPORT).to_bytes())
+    inside.space.protect(DATA, writable=False, executable=False)
+    inside.enclu(Enclu.EREPORT, TARGETINFO, REPORTDATA, OUTPUT)
+    inside.enclu(Enclu.EGETKEY, KEYREQUEST, OUTPUT)
+
+
+def test_egetkey_checks_its_output_before_the_request(inside: Machine) -> None:
+    inside.user.write(KEYREQUEST, KeyRequest(key_name=99).to_bytes())
+    inside.user.flush()
+    inside.change(MORE_PAGE, w=False)
+    with inside.faults(PageFault, "epcm.w", address=OUTPUT, sgx=True):
         inside.enclu(Enclu.EGETKEY, KEYREQUEST, OUTPUT)
 
 
