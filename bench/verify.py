@@ -1,8 +1,8 @@
 """Verifications per second beside bare dcap-qvl, on one core: real SGX and TDX quotes, and the simulated platform's.
 
 dcap-qvl gets its collateral parsed beforehand, which is the best that its users can do. Ours is the whole of
-``attestation.verify``: parsing, verification, appraisal. *Same platform* is the steady state of a service: many quotes of
-platforms that it has seen, every quote different where the platform can make them. *New platform* has the collateral
+``attestation.verify``: parsing, verification, appraisal. *Same platform* is the steady state of a service: many quotes
+of platforms that it has seen, every quote different where the platform can make them. *New platform* has the collateral
 from before, but no certificates; *cold* has nothing.
 """
 

@@ -260,13 +260,16 @@ class ChainSource:
         """The first answer.
 
         Raises:
-            PlatformError: ``attestation.collateral.unavailable``: none has one; with each one's reason.
+            InclavareError: as the only source, or ``PlatformError``, ``attestation.collateral.unavailable``, with the
+                reasons of all.
         """
         reasons: list[str] = []
         for source in self._sources:
             try:
                 return source.fetch(quote)
             except InclavareError as error:
+                if len(self._sources) == 1:
+                    raise
                 reasons.append(f"{error.message}: {error.found}" if error.found is not None else error.message)
         raise PlatformError(
             "no source has collateral for this evidence",

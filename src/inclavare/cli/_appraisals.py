@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import click
 from ..errors import UsageError
 
 if TYPE_CHECKING:
-    from ..attestation import Appraisal, Evidence
+    from ..attestation import Appraisal, CollateralSource, Evidence
     from ..attestation.policy import Policy
 
 policy_option = click.option(
@@ -35,7 +36,11 @@ collateral_option = click.option(
     "--collateral",
     "collateral_path",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Collateral (JSON), for a quote or certificate that carries none.",
+    help="Collateral for evidence that carries none: JSON; for an SEV-SNP report also the VCEK or VLEK, PEM or DER.",
+)
+pccs_option = click.option("--pccs", "url", metavar="URL", help="Ask this PCCS, for example https://localhost:8081.")
+online_option = click.option(
+    "--online", is_flag=True, help="Ask the manufacturer's service: Intel's PCS, or AMD's key distribution service."
 )
 report_data_option = click.option(
     "--report-data", help="What the report data must be, hexadecimal; zero-padded to 64 bytes."
@@ -65,12 +70,44 @@ def read_collateral(path: Path) -> Any:
     Raises:
         UsageError: it is none.
     """
+    data = path.read_bytes()
+    if data.startswith((b"-----BEGIN", b"\x30")):
+        import ssl
+
+        from ..attestation.collateral import SNP_CERTIFICATES_KEY
+
+        pem = data.decode("ascii", "replace") if data.startswith(b"-") else ssl.DER_cert_to_PEM_cert(data)
+        return {SNP_CERTIFICATES_KEY: pem}
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(data)
     except ValueError as error:
         raise UsageError(
             f"{path} is not JSON", id="cli.verify.collateral", found=error, expected="collateral as JSON"
         ) from None
+
+
+def collateral_source(url: str | None, *, online: bool) -> CollateralSource | None:
+    """Where collateral is to come from that the evidence does not carry; what was fetched is kept on this node.
+
+    Raises:
+        UsageError: not a PCCS's URL.
+    """
+    from ..attestation.collateral import CachedSource, ChainSource, KdsSource, PccsSource
+    from ..config import load
+
+    sources: list[CollateralSource] = []
+    if url is not None:
+        if not url.startswith(("https://", "http://")):
+            raise UsageError("not a PCCS's URL", id="cli.sgx.pccs", found=url, expected="https://HOST:8081")
+        sources.append(PccsSource(url))
+    if online:
+        sources += [PccsSource(), KdsSource()]
+    if not sources:
+        return None
+    state = load().state_dir
+    directory = state / "collateral" if state.is_dir() and os.access(state, os.W_OK) else None
+    # A PCCS that was named is asked each time: it is near, and the one to test.
+    return ChainSource(sources) if url is not None else CachedSource(ChainSource(sources), directory)
 
 
 def moment(text: str) -> int:
@@ -150,14 +187,37 @@ def show_appraisal(appraisal: Appraisal) -> None:
     for failure in appraisal.failures:
         parts = ("found", "expected", "remedy", "id")
         print_fields([(part, getattr(failure, part)) for part in parts], title=f"failed claim: {failure.claim}")
-    claims = appraisal.claims.to_dict().items()
-    rows = [(name, "-" if value in (None, "", (), []) else _flat(value)) for name, value in claims]
-    print_fields(rows, title="claims")
+    print_fields(_rows(appraisal.claims.to_dict()), title="claims")
 
 
 def _identity(claims: dict[str, Any]) -> str:
-    kind = "a SIMULATED enclave" if claims["simulated"] else "an enclave"
-    return f"{kind} on {claims['tee']}, MRENCLAVE {claims['mrenclave']}"
+    if "tdx" in claims:
+        what, identity = "trust domain", f"MRTD {claims['tdx']['mr_td']}"
+    elif "snp" in claims:
+        what, identity = "SEV-SNP guest", f"launch digest {claims['snp']['measurement']}"
+    else:
+        what, identity = "enclave", f"MRENCLAVE {claims['mrenclave']}"
+    article = "a SIMULATED" if claims["simulated"] else "an" if what[0] in "eS" else "a"
+    return f"{article} {what} on {claims['tee']}, {identity}"
+
+
+def _rows(claims: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values; what is nested stands under the names of both."""
+    for name, value in claims.items():
+        if name == "event_log":
+            yield name, f"{len(value)} events, which give the RTMRs" if value else "-"
+        elif isinstance(value, dict):
+            yield from ((f"{name}.{inner}", found) for inner, found in _rows(value))
+        elif name == "endorsements":
+            yield from ((f"checked with {one['name']}", _endorsement(one)) for one in value)
+        else:
+            yield name, "-" if value in (None, "", (), []) else _flat(value)
+
+
+def _endorsement(one: dict[str, Any]) -> str:
+    dates = (datetime.fromtimestamp(one[name], UTC).strftime("%Y-%m-%d") for name in ("issued", "next_update"))
+    number = "" if one["number"] is None else f", number {one['number']}"
+    return f"{' to '.join(dates)}{number}, by {one['issuer']}"
 
 
 def _flat(value: Any) -> Any:

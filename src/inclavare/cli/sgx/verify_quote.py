@@ -11,10 +11,12 @@ from ...errors import UsageError
 from .._appraisals import (
     at_option,
     collateral_option,
+    collateral_source,
     finish,
     hex_bytes,
     load_policy,
     moment,
+    pccs_option,
     policy_option,
     read_collateral,
     report_data_option,
@@ -34,7 +36,7 @@ MAX_QUOTE = 1 << 20
 @policy_option
 @root_option
 @collateral_option
-@click.option("--pccs", "url", metavar="URL", help="Ask this PCCS, for example https://localhost:8081.")
+@pccs_option
 @click.option(
     "--tee",
     type=click.Choice(["sgx", "sgx-sim"]),
@@ -85,10 +87,9 @@ def _collateral(evidence: Any, url: str | None, tee: str) -> Any:
     from ...tee.sgx import pccs
 
     if url is not None:
-        if not url.startswith(("https://", "http://")):
-            raise UsageError("not a PCCS's URL", id="cli.sgx.pccs", found=url, expected="https://HOST:8081")
-        base = url if "/sgx/certification/" in url else f"{url.rstrip('/')}/sgx/certification/v4"
-        return pccs.collateral(base.rstrip("/") + "/", evidence.quote)
+        source = collateral_source(url, online=False)
+        assert source is not None
+        return source.fetch(evidence.quote).parts
     if evidence.tee != tee:
         raise UsageError(
             f"this is a quote of {evidence.tee}, and collateral was to come from {tee}",
