@@ -10,9 +10,10 @@ import hashlib
 import hmac
 import time
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ..errors import UsageError
-from .appraisal import Appraisal, Failure, appraise, check_report_data
+from .appraisal import Appraisal, AppraisalPolicy, Context, Failure, appraise, check_report_data
 from .channel import report_data as _bound_report_data
 from .claims import Claims
 from .collateral import CollateralSource
@@ -21,17 +22,21 @@ from .initdata import check_init_data
 from .policy import Policy
 from .verifiers import verifier
 
+if TYPE_CHECKING:
+    from .references import References
+
 __all__ = ["Appraisal", "Claims", "CollateralSource", "Evidence", "Failure", "Policy", "appraise", "verify"]
 
 
 def verify(
     evidence: Evidence,
-    policy: Policy,
+    policy: Policy | AppraisalPolicy,
     *,
     nonce: bytes | None = None,
     report_data: bytes | None = None,
     now: int | None = None,
     collateral: CollateralSource | None = None,
+    references: References | None = None,
 ) -> Appraisal:
     """Verify evidence and appraise it.
 
@@ -43,6 +48,7 @@ def verify(
         report_data: what the report data must be; shorter than 64 bytes means zero-padded.
         now: seconds since 1970; by default the present.
         collateral: asked where the evidence carries none.
+        references: the registered reference values, for a policy that takes its measurements from there.
 
     Returns:
         The result for authentic evidence, accepted or not.
@@ -61,11 +67,14 @@ def verify(
         )
     if evidence.collateral is None and collateral is not None:
         evidence = evidence.with_collateral(collateral.fetch(evidence.quote))
-    claims = verifier(evidence.tee).verify(evidence, policy, int(time.time()) if now is None else now)
+    anchored = policy if isinstance(policy, Policy) else Policy(trust_anchor=policy.trust_anchor)
+    claims = verifier(evidence.tee).verify(evidence, anchored, int(time.time()) if now is None else now)
     if evidence.certificate is not None:
         claims = replace(claims, public_key_sha256=hashlib.sha256(evidence.certificate.public_key).hexdigest())
     expected = None if report_data is None else report_data.ljust(64, b"\0")
-    failures = [*appraise(claims, policy, expected_report_data=expected).failures]
+    context = Context(evidence.runtime_data, evidence.init_data)
+    appraisal = appraise(claims, policy, expected_report_data=expected, references=references, context=context)
+    failures: list[Failure] = []
     if evidence.runtime_data is not None:
         failures += check_report_data(claims, _bound_report_data(evidence.runtime_data))
     if evidence.init_data is not None:
@@ -80,7 +89,7 @@ def verify(
                 "the evidence does not answer this challenge: challenge the enclave again",
             )
         )
-    return Appraisal(not failures, claims, tuple(failures))
+    return appraisal.refuse(failures)
 
 
 def _answers(evidence: Evidence, nonce: bytes) -> bool:
