@@ -244,7 +244,12 @@ def signature_valid(key: object, signature: bytes, message: bytes, hash_algorith
 
 def common_name(certificate: x509.Certificate) -> str:
     """The subject's."""
-    names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return common_name_of(certificate.subject)
+
+
+def common_name_of(name: x509.Name) -> str:
+    """The common name in a subject or issuer."""
+    names = name.get_attributes_for_oid(NameOID.COMMON_NAME)
     return str(names[0].value) if names else "(no name)"
 
 

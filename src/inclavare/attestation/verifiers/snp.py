@@ -156,13 +156,11 @@ def _key(pem: str, crl: str) -> _Key:
         )
     (name, leaf) = leaves[0]
     kind = _SUBJECTS[name]
-    issuer = str(leaf.issuer.get_attributes_for_oid(x509.NameOID.COMMON_NAME)[0].value) if leaf.issuer else ""
+    issuer = pki.common_name_of(leaf.issuer)
     processor = issuer.removeprefix(_AUTHORITIES[kind])
     root = roots().get(f"ARK-{processor}")
     if root is None or issuer != _AUTHORITIES[kind] + processor:
-        raise refused(
-            "root.untrusted", "the chip's key is not certified by AMD", issuer or "no issuer", " or ".join(_PROCESSORS)
-        )
+        raise refused("root.untrusted", "the chip's key is not certified by AMD", issuer, " or ".join(_PROCESSORS))
     for sent in certificates:
         if sent.subject == sent.issuer and sent != root:
             raise refused(
