@@ -13,7 +13,6 @@ from sgx_machine import (
     HOST_CODE,
     MORE,
     NON_CANONICAL,
-    NOWHERE,
     SECS_PAGE,
     SOURCE,
     SPARE,
@@ -333,7 +332,7 @@ class TestEntry:
         if leaf is Enclu.EENTER:
             enclave.change(SSA2_PAGE, **fields)
         enclave.change(SSA_PAGE, **fields)
-        with enclave.faults(PageFault, rule, address=SSA, sgx=True):
+        with enclave.faults(PageFault, rule, address=SSA, sgx=True, write=True):
             attempt(enclave, leaf)
 
     def test_ssa_that_is_not_epc(self, enclave: Machine, leaf: Enclu) -> None:
@@ -347,8 +346,8 @@ class TestEntry:
 
     def test_ssa_wraps_around(self, enclave: Machine, leaf: Enclu) -> None:
         ready(enclave, leaf)
-        enclave.set_tcs(ossa=(1 << 64) - BASE + NOWHERE)
-        with enclave.faults(PageFault, "paging.present", address=NOWHERE):
+        enclave.set_tcs(ossa=(1 << 64) - BASE + 0x1000)
+        with enclave.faults(PageFault, "paging.present", address=0x1000):
             attempt(enclave, leaf)
 
     def test_ssa_outside_of_the_enclave(self, enclave: Machine, leaf: Enclu) -> None:
