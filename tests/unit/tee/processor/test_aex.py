@@ -131,6 +131,13 @@ def test_exinfo_of_a_page_fault(inside: Machine) -> None:
     assert inside.user.cr2 == CODE
 
 
+def test_error_code_is_zero_unless_told(inside: Machine) -> None:
+    assert inside.user.cr2 == 0
+    inside.user.aex(13)
+    assert exinfo(inside) == ExInfo()
+    assert inside.events[-1].error_code == 0
+
+
 def test_cr2_of_other_exits(inside: Machine) -> None:
     inside.user.cr2 = 0x1234
     inside.user.aex(13, 0, DATA)
