@@ -87,7 +87,7 @@ class Database:
                 # The server was restarted: the pool is new already.
                 if snapshot or not (error.connection_invalidated and attempt == 0):
                     raise translated(error) from None
-            except exc.TimeoutError as error:
+            except (exc.TimeoutError, OverflowError, UnicodeEncodeError) as error:
                 raise translated(error) from None
         raise AssertionError("unreachable")
 
@@ -143,7 +143,7 @@ class Database:
                     continue
                 failed: Exception = translated(error)
             except Exception as error:
-                failed = translated(error) if isinstance(error, exc.SQLAlchemyError) else error
+                failed = translated(error)
             for job in jobs:
                 # A job that failed by itself keeps its own reason.
                 job.error = job.error or failed
@@ -161,7 +161,7 @@ class Database:
             if isinstance(error, exc.DBAPIError) and (error.connection_invalidated or _again(error, 0)):
                 raise
             savepoint.rollback()
-            job.error = translated(error) if isinstance(error, exc.SQLAlchemyError) else error
+            job.error = translated(error)
         else:
             savepoint.commit()
 
@@ -302,6 +302,13 @@ def conflicts(refusal: Exception) -> Iterator[None]:
 
 def translated(error: Exception) -> Exception:
     """A driver's error as one of ours; neither statements' parameters nor passwords are in it."""
+    if isinstance(error, exc.DataError | OverflowError | UnicodeEncodeError):
+        return Invalid(
+            "a name, text or number that no database can hold",
+            id="verdict.store.value",
+            found=type(getattr(error, "orig", error)).__name__,
+            expected="text without NUL and without half a surrogate pair; numbers of 64 bits",
+        )
     if isinstance(error, exc.IntegrityError):
         return Conflict("the database refuses this", id="verdict.store.database.constraint", found=_reason(error))
     if isinstance(error, exc.DatabaseError) and "append-only" in str(error.orig):

@@ -63,6 +63,11 @@ def identifier(value: str, what: str) -> str:
     raise _bad(what, value, "1 to 128 letters, digits and ._@+-, a letter, digit or _ first")
 
 
+def version(number: int) -> int:
+    """A version's number to look for; one that no column can hold becomes 0, which there is not."""
+    return number if 0 < number < 1 << 31 else 0
+
+
 def digest(value: str, what: str) -> str:
     """A digest in lower-case hexadecimal, 1 to 64 bytes.
 

@@ -63,7 +63,7 @@ class Policies:
             NotFound: there is none; no matter whether it is another tenant's.
             Damaged: it was changed in the database.
         """
-        number = _P.version if version is None else version
+        number = _P.version if version is None else names.version(version)
         return self._one(_query(tenant).where(_P.id == id, _V.version == number))
 
     def default(self, tenant: str, kind: PolicyKind) -> PolicyVersion | None:

@@ -239,7 +239,7 @@ def _joined(columns: Any, tenant: str) -> Any:
 
 
 def _one(columns: Any, tenant: str, path: str, version: int | None) -> Any:
-    number = SecretRow.version if version is None else version
+    number = SecretRow.version if version is None else names.version(version)
     return _joined(columns, tenant).where(SecretRow.path == path, _V.version == number)
 
 

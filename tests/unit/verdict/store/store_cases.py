@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,3 +78,23 @@ def done(process: subprocess.Popen[str]) -> str:
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     return output
+
+
+def in_threads(work: Callable[[int], object], count: int) -> None:
+    """Do it so many times at once."""
+    barrier = threading.Barrier(count)
+    errors: list[BaseException] = []
+
+    def go(number: int) -> None:
+        barrier.wait()
+        try:
+            work(number)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=go, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors
