@@ -20,7 +20,7 @@ except ImportError as missing:
 from .certificates import Attester, Identity, PlatformAttester, make, read
 from .contexts import CertifiedContext, Context, client_context, server_context
 from .session import ALPN, Peer, Session, Verifier
-from .sockets import AttestedSocket, connect, wrap
+from .sockets import AttestedSocket, Server, connect, serve, wrap
 
 __all__ = [
     "ALPN",
@@ -31,12 +31,14 @@ __all__ = [
     "Identity",
     "Peer",
     "PlatformAttester",
+    "Server",
     "Session",
     "Verifier",
     "client_context",
     "connect",
     "make",
     "read",
+    "serve",
     "server_context",
     "wrap",
 ]

@@ -6,6 +6,7 @@ import io
 import socket
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -257,6 +258,113 @@ def connect(host: str, port: int, context: SessionMaker, *, timeout: float = HAN
         raise unreachable(host, port, error) from None
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return wrap(sock, context, server_name=host, timeout=timeout)
+
+
+class Server:
+    """Serves verified peers, each in a thread of its own; see :func:`serve`."""
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        handler: Callable[[AttestedSocket], None],
+        context: SessionMaker,
+        *,
+        connections: int,
+        timeout: float,
+        on_refused: Callable[[Any, InclavareError], None] | None,
+    ) -> None:
+        from ... import serving
+
+        self._handler = handler
+        self._context = context
+        self._timeout = timeout
+        self._on_refused = on_refused
+        self._slots = threading.BoundedSemaphore(connections)
+        self._threads: set[threading.Thread] = set()
+        self._stopping = threading.Event()
+        self._listening = serving.listen(*address)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where it listens."""
+        host, port, *_ = self._listening.getsockname()
+        return host, port
+
+    def serve_forever(self) -> None:
+        """Until :meth:`stop`; then waits for the connections under way."""
+        while not self._stopping.is_set():
+            self._slots.acquire()
+            try:
+                sock, _ = self._listening.accept()
+            except OSError:
+                self._slots.release()
+                continue
+            thread = threading.Thread(target=self._serve, args=(sock,), daemon=True)
+            self._threads.add(thread)
+            thread.start()
+        for thread in list(self._threads):
+            thread.join()
+
+    def start(self) -> Self:
+        """:meth:`serve_forever` in a thread."""
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def stop(self) -> None:
+        """Take no more connections."""
+        self._stopping.set()
+        try:
+            self._listening.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self._listening.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _serve(self, sock: socket.socket) -> None:
+        peername = None
+        try:
+            peername = sock.getpeername()
+            with wrap(sock, self._context, timeout=self._timeout) as attested:
+                self._handler(attested)
+        except InclavareError as error:
+            if self._on_refused is not None:
+                self._on_refused(peername, error)
+        except OSError:
+            pass  # the peer has gone
+        finally:
+            self._threads.discard(threading.current_thread())
+            self._slots.release()
+
+
+def serve(
+    address: tuple[str, int],
+    handler: Callable[[AttestedSocket], None],
+    context: SessionMaker,
+    *,
+    connections: int = 256,
+    timeout: float = HANDSHAKE_TIMEOUT,
+    on_refused: Callable[[Any, InclavareError], None] | None = None,
+) -> Server:
+    """A server whose handler gets verified connections only, each in a thread.
+
+    Args:
+        address: host and port; port 0 for any.
+        connections: at once; more wait.
+        timeout: seconds until a peer has to be verified.
+        on_refused: told the address of each peer that was refused, or cut off, and why.
+
+    Raises:
+        UsageError: ``serving.listen``: the address is taken, or not this machine's.
+        InclavareError: the platform does not quote.
+    """
+    # A machine that cannot quote is found out before the first connection.
+    context.session()
+    return Server(address, handler, context, connections=connections, timeout=timeout, on_refused=on_refused)
 
 
 def unreachable(host: str, port: int, error: OSError) -> PlatformError:
