@@ -462,6 +462,23 @@ def test_eresume_with_another_aep(enclave: Machine) -> None:
     assert enclave.tcs().aep == AEP + 0x10
 
 
+@pytest.mark.parametrize("bit", range(22))
+def test_eresume_flags(enclave: Machine, bit: int) -> None:
+    """CF, PF, AF, ZF, SF, DF, OF, NT, RF, AC and ID come from the frame; the others are the application's."""
+    from_the_frame = bit in (0, 2, 4, 6, 7, 10, 11, 14, 16, 18, 21)
+    interrupted(enclave)
+    poke_gprsgx(enclave, "rflags", 1 << bit)
+    enclave.user.registers.rflags = 0
+    attempt(enclave, Enclu.ERESUME)
+    assert enclave.user.registers.rflags == (1 << bit if from_the_frame else 0)
+    enclave.user.aex(0x20)
+    poke_gprsgx(enclave, "rflags", 0)
+    enclave.user.registers.rflags = 1 << bit
+    attempt(enclave, Enclu.ERESUME)
+    # TF is cleared on an opt-out entry.
+    assert enclave.user.registers.rflags == (0 if from_the_frame or bit == 8 else 1 << bit)
+
+
 def test_eresume_interrupt_flag(enclave: Machine) -> None:
     """IF comes from the frame only if IOPL is 3."""
     interrupted(enclave)

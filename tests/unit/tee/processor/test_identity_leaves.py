@@ -66,6 +66,7 @@ def test_ereport(inside: Machine) -> None:
     assert (body.mrenclave, body.mrsigner) == (identity.mrenclave, identity.mrsigner)
     assert (body.report_data, body.cpusvn, body.isv_prod_id, body.isv_svn) == (b"r" * 64, ROOTS.cpusvn, 7, 3)
     assert body.attributes == identity.attributes.to_bytes()
+    assert (body.miscselect, body.cet_attributes) == (1, 0)
     assert made.key_id == inside.cpu.report_key_id
 
 

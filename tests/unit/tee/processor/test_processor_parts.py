@@ -20,6 +20,7 @@ from inclavare.sgx.paging import (
 )
 from inclavare.sgx.ssa import xsave_size
 from inclavare.tee.sgx_sim.processor import Access, AddressSpace, EpcmEntry, GeneralProtection, Locks, Resource
+from inclavare.tee.sgx_sim.processor.registers import GENERAL, Registers
 from inclavare.tee.sgx_sim.processor.space import is_canonical, page_base
 from inclavare.tee.sgx_sim.processor.xsave import INIT_IMAGE, XFRM_SUPPORTED, initialise, is_legal, restore, save
 
@@ -107,6 +108,23 @@ def test_range_limits() -> None:
     space.map_ram((1 << 64) - PAGE_SIZE, PAGE_SIZE)
     space.map_ram((1 << 47) - PAGE_SIZE, PAGE_SIZE)
     space.map_ram(0, PAGE_SIZE)
+
+
+# --- registers --------------------------------------------------------------------------------------------------
+
+
+def test_registers() -> None:
+    registers = Registers()
+    assert len(GENERAL) == len(set(GENERAL)) == 16
+    assert GENERAL[-8:] == ("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15")
+    assert all(getattr(registers, name) == 0 for name in (*GENERAL, "rip", "fs_base", "gs_base"))
+    assert (registers.rflags, registers.xsave) == (0x202, INIT_IMAGE)
+    other = registers.copy()
+    other.rax = 1
+    assert registers.rax == 0
+    registers.rflags = 0xFFFF_FFFF
+    registers.set_status(0x41)
+    assert registers.rflags == 0xFFFF_FFFF & ~0x8D5 | 0x41
 
 
 # --- locks ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from ....sgx.paging import PAGE_SIZE
 
 _CANONICAL_BITS = 47
-_ADDRESS_LIMIT = 1 << 64
 
 
 def is_canonical(linear: int) -> bool:
@@ -109,6 +108,6 @@ class AddressSpace:
     def _range(linear: int, size: int) -> range:
         if linear % PAGE_SIZE or size % PAGE_SIZE or size <= 0:
             raise ValueError(f"{size} bytes at {linear:#x} are not whole pages")
-        if not 0 <= linear <= _ADDRESS_LIMIT - size or not is_canonical(linear) or not is_canonical(linear + size - 1):
+        if linear < 0 or not is_canonical(linear) or not is_canonical(linear + size - 1):
             raise ValueError(f"{size} bytes at {linear:#x} are not in the address space")
         return range(linear, linear + size, PAGE_SIZE)
