@@ -1,0 +1,102 @@
+"""The key that a TEE is answered to, and answers encrypted to it: flattened JWE in the KBS protocol's form.
+
+EC P-256 and P-521 with ``ECDH-ES+A256KW``, RSA with ``RSA-OAEP-256``; content always ``A256GCM`` (RFC 7518).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any, NoReturn
+
+import msgspec
+from joserfc import jwe
+from joserfc.errors import JoseError
+from joserfc.jwk import ECKey, RSAKey
+
+from ..attestation.channel import CONTENT_ENCRYPTION, KEY_WRAPPING
+from ..errors import EvidenceError
+
+OAEP = "RSA-OAEP-256"
+#: Bytes of a coordinate.
+_CURVES = {"P-256": 32, "P-521": 66}
+_EC_MEMBERS = frozenset({"kty", "crv", "alg", "x", "y"})
+_RSA_MEMBERS = frozenset({"kty", "alg", "n", "e"})
+_RSA_BITS = range(2048, 8193)
+
+
+@dataclass(frozen=True, slots=True)
+class TeeKey:
+    """A TEE's public key.
+
+    Attributes:
+        jwk: its members, as they came.
+        holder: SHA-256 of its required members in canonical form (RFC 7638), hexadecimal.
+    """
+
+    jwk: dict[str, str]
+    holder: str
+    _key: ECKey | RSAKey = field(repr=False)
+
+    @classmethod
+    def parse(cls, jwk: Any) -> TeeKey:
+        """Read ``tee-pubkey``.
+
+        Raises:
+            EvidenceError: ``kbs.tee_pubkey``: other members or algorithms, a point not on the curve, an RSA key of less
+                than 2048 bits or more than 8192.
+        """
+        if not isinstance(jwk, dict) or not all(isinstance(value, str) for value in jwk.values()):
+            _refuse("not an object of strings")
+        kind = tuple(jwk.get(name) for name in ("kty", "alg"))
+        key: ECKey | RSAKey
+        try:
+            if kind == ("EC", KEY_WRAPPING) and set(jwk) == _EC_MEMBERS and jwk["crv"] in _CURVES:
+                if any(len(_bytes(jwk[name])) != _CURVES[jwk["crv"]] for name in ("x", "y")):
+                    _refuse("coordinates of another curve's size")
+                required = {name: jwk[name] for name in ("crv", "kty", "x", "y")}
+                key = ECKey.import_key(required)
+            elif kind == ("RSA", OAEP) and set(jwk) == _RSA_MEMBERS:
+                modulus, exponent = (int.from_bytes(_bytes(jwk[name]), "big") for name in ("n", "e"))
+                if modulus.bit_length() not in _RSA_BITS or not 3 <= exponent < 1 << 32:
+                    _refuse(f"an RSA key of {modulus.bit_length()} bits, exponent {exponent}")
+                required = {name: jwk[name] for name in ("e", "kty", "n")}
+                key = RSAKey.import_key(required)
+            else:
+                _refuse(", ".join(f"{name} {jwk[name][:32]}" for name in ("kty", "crv", "alg") if name in jwk))
+            _ = key.public_key  # checks that the point lies on the curve
+        except (JoseError, ValueError) as error:
+            _refuse(str(error))
+        canonical = json.dumps(required, separators=(",", ":")).encode()
+        return cls(dict(jwk), sha256(canonical).hexdigest(), key)
+
+    def encrypt(self, value: bytes) -> bytes:
+        """A flattened JWE (RFC 7516, 7.2.2) as JSON: only the TEE can read it."""
+        header = {"alg": self.jwk["alg"], "enc": CONTENT_ENCRYPTION}
+        compact = jwe.encrypt_compact(header, value, self._key, algorithms=[self.jwk["alg"], CONTENT_ENCRYPTION])
+        # With every header protected, a flattened JWE is a compact one with its parts named.
+        names = ("protected", "encrypted_key", "iv", "ciphertext", "tag")
+        return msgspec.json.encode(dict(zip(names, compact.split("."), strict=True)))
+
+
+def _bytes(text: str) -> bytes:
+    # Strict, so that one key has one spelling, and so one holder.
+    try:
+        data = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+    except binascii.Error:
+        data = b""
+    if not data or base64.urlsafe_b64encode(data).rstrip(b"=").decode() != text:
+        raise ValueError("not base64url without padding")
+    return data
+
+
+def _refuse(found: str) -> NoReturn:
+    raise EvidenceError(
+        "the TEE's public key cannot be used",
+        id="kbs.tee_pubkey",
+        found=found,
+        expected=f"EC P-256 or P-521 for {KEY_WRAPPING}, or RSA of at least 2048 bits for {OAEP}",
+    )
