@@ -303,7 +303,7 @@ def check(policy: str, kind: Kind, *, engine: RegoEngine | None = None) -> None:
             id="policy.rego.rule",
             found=", ".join(dict.fromkeys(found for found, _ in rego_text.rules(policy)))[:200] or "no rules",
             expected=rule,
-            remedy=f"an {kind} policy decides by {rule}",
+            remedy=f"define {rule}, by which such a policy decides",
         )
 
 
@@ -588,7 +588,7 @@ def _error(policy: str, kind: str, text: str, limit: int) -> RegoError:
     return RegoError(
         f"the policy cannot be {'compiled' if static else 'evaluated'}{where}",
         id="policy.rego.syntax" if static else "policy.rego.evaluation",
-        found=said[:400] + where,
+        found=said[:400],
         expected="Rego (OPA 1.0)",
         remedy="correct the policy",
     )
