@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
-class _Address(click.ParamType):
+class _Address(click.ParamType[tuple[str, int]]):
     name = "host:port"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
@@ -44,7 +44,7 @@ class _Address(click.ParamType):
 @click.option("--endorsements", type=_EXISTING, help="Collateral (JSON) that goes out with this enclave's evidence.")
 @click.option("--legacy", is_flag=True, help="server: Gramine's extension in the certificate, too.")
 @click.option("--certificate-only", type=click.IntRange(1), metavar="SECONDS",
-              help="Accept peers that cannot answer challenges, if their certificates are valid for so long at most.")  # fmt: skip
+              help="Accept peers that answer no challenges, with certificates valid for so long.")  # fmt: skip
 @click.option("--reattest", type=click.IntRange(2), default=3600, show_default=True, metavar="SECONDS",
               help="How long a peer's evidence counts; connections go on with new evidence only.")  # fmt: skip
 @click.option("--max-connections", type=click.IntRange(1), default=1024, show_default=True, help="More are closed.")

@@ -33,6 +33,8 @@ CLOCK_SKEW = 300
 #: Bytes of a peer's certificate. Collateral has some 15 KB; a PCK CRL can have much more.
 MAX_CERTIFICATE = 1 << 20
 
+#: Seconds for which a platform's collateral is not asked for again.
+_COLLATERAL_AGE = 60
 _SHA256 = 1  # IANA Named Information hash algorithm
 _ENDORSEMENTS_VERSION = 1
 #: PCS bodies: the signature is over the exact bytes of the first member.
@@ -62,7 +64,9 @@ class PlatformAttester:
     def __init__(self, platform: Platform, enclave: Enclave) -> None:
         self._platform = platform
         self._enclave = enclave
-        self._lock = threading.Lock()  # one thread at a time enters an enclave with one TCS
+        # A platform object is one thread's at a time; several of them share the platform by files.
+        self._lock = threading.Lock()
+        self._collateral: tuple[float, dict[str, Any]] | None = None
 
     def quote(self, report_data: bytes) -> bytes:
         """See :class:`Attester`."""
@@ -72,7 +76,10 @@ class PlatformAttester:
 
     def collateral(self) -> dict[str, Any] | None:
         """See :class:`Attester`."""
-        return self._platform.collateral()
+        with self._lock:
+            if self._collateral is None or time.monotonic() - self._collateral[0] > _COLLATERAL_AGE:
+                self._collateral = (time.monotonic(), self._platform.collateral())
+            return self._collateral[1]
 
 
 @dataclass(frozen=True, slots=True)

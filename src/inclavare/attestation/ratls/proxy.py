@@ -67,6 +67,7 @@ class _End(asyncio.Protocol):
     def eof_received(self) -> bool:
         if self.other.transport is not None and not self.other.transport.is_closing():
             self.other.transport.write_eof()
+        self._pair.on_eof()
         return True  # the other direction may go on
 
     def pause_writing(self) -> None:
@@ -94,6 +95,7 @@ class _Pair:
         self._address: Any = None
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._directions = 2
         self._ended = False
 
     def on_made(self, end: _End) -> None:
@@ -146,6 +148,12 @@ class _Pair:
         self.active = False
         self._timer = asyncio.get_running_loop().call_later(seconds, self._on_idle)
 
+    def on_eof(self) -> None:
+        """One direction has ended."""
+        self._directions -= 1
+        if self._directions == 0:
+            self.end()
+
     def on_lost(self, exc: Exception | None) -> None:
         """Either end is gone."""
         if not self._ended:
@@ -178,8 +186,8 @@ class Proxy:
     """See :class:`Settings`. Its side without TLS must be loopback.
 
     Args:
-        tell: ``proxy.listening``, ``.accepted``, ``.refused``, ``.ended``, ``.full``, ``.idle``, ``.stopped``, each with
-            its fields.
+        tell: ``proxy.listening``, ``.accepted``, ``.refused``, ``.ended``, ``.full``, ``.idle`` and ``.stopped``, each
+            with its fields.
 
     Raises:
         UsageError: ``proxy.plain.remote``.

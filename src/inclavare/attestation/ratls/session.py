@@ -49,7 +49,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from OpenSSL import SSL, crypto
 
@@ -154,7 +154,16 @@ class Verifier:
         return Peer(claims, evidence, nonce is not None, min(now + self.lifetime, float(claims.collateral_expires)))
 
 
-Check = Callable[[bytes, "bytes | None"], Peer]
+class Result(Protocol):
+    """What verifying a peer gives."""
+
+    @property
+    def expires(self) -> float:
+        """When it ceases to count, seconds since 1970."""
+
+
+#: Verifies a certificate and, if given, that its evidence bears a nonce; raises InclavareError.
+Check = Callable[[bytes, "bytes | None"], Result]
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,8 +237,13 @@ class Session:
         self._ended_in = self._ended_out = False
         self.jobs: deque[Job] = deque()
         self.error: InclavareError | None = None
-        self.peer: Peer | None = None
+        self.result: Result | None = None
         self._advance()
+
+    @property
+    def peer(self) -> Peer | None:
+        """Who is at the other end; ``None`` where the peer does not attest."""
+        return self.result if isinstance(self.result, Peer) else None
 
     @property
     def open(self) -> bool:
@@ -329,25 +343,25 @@ class Session:
 
     def due(self) -> float | None:
         """Seconds from now until :meth:`tick` has something to do; ``None`` if never."""
-        if not self.open or self.peer is None or self._terms.check is None:
+        if not self.open or self.result is None or self._terms.check is None:
             return None
-        next_ = self.peer.expires
+        next_ = self.result.expires
         if self._framed and self._challenge is None:
             next_ = min(next_, self._challenge_at)
         return max(0.0, next_ - time.time())
 
     def tick(self) -> None:
         """Challenge the peer again, or end the connection whose attestation result has expired."""
-        if not self.open or self.peer is None or self._terms.check is None:
+        if not self.open or self.result is None or self._terms.check is None:
             return
         now = time.time()
-        if now >= self.peer.expires:
+        if now >= self.result.expires:
             self.fail(
                 EvidenceError(
                     "the peer's attestation result has expired",
                     id="ratls.expired",
                     found="no new evidence in time" if self._framed else "a peer that cannot be challenged again",
-                    expected=f"evidence before {_date(self.peer.expires)}",
+                    expected=f"evidence before {_date(self.result.expires)}",
                     remedy="connect again",
                 )
             )
@@ -431,7 +445,7 @@ class Session:
         check = self._terms.check
         assert check is not None
 
-        def compute() -> Peer:
+        def compute() -> Result:
             if nonce is not None and certificates.public_key(certificate) != self._public_key:
                 raise EvidenceError(
                     "the evidence is for another key than the connection's",
@@ -443,12 +457,12 @@ class Session:
 
         self.jobs.append(Job(compute, self._on_checked))
 
-    def _on_checked(self, peer: Peer) -> None:
+    def _on_checked(self, result: Result) -> None:
         if self.error is not None:
             return
-        self.peer = peer
+        self.result = result
         # At half of the time that is left, so that an answer may take its time.
-        self._challenge_at = time.time() + (peer.expires - time.time()) / 2
+        self._challenge_at = time.time() + (result.expires - time.time()) / 2
         if not self._verified:
             self._verified = True
             if self._framed:

@@ -18,7 +18,8 @@ Handler = Callable[["asyncio.StreamReader", "AttestedWriter"], Awaitable[None]]
 class AttestedTransport(asyncio.Transport):
     """The transport that an application's protocol gets, once the peer is verified.
 
-    ``get_extra_info`` knows ``peer`` (a :class:`Peer` or ``None``) besides what the TCP transport knows.
+    Besides what the TCP transport knows, ``get_extra_info`` knows ``peer`` (a :class:`Peer` or ``None``) and ``result``
+    (what the context's check gave).
     """
 
     def __init__(self, link: Link) -> None:
@@ -27,8 +28,8 @@ class AttestedTransport(asyncio.Transport):
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         """See :meth:`asyncio.BaseTransport.get_extra_info`."""
-        if name == "peer":
-            return self._link.session.peer
+        if name in ("peer", "result"):
+            return getattr(self._link.session, name)
         return self._link.extra.get(name) or self._link.raw.get_extra_info(name, default)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -274,7 +275,7 @@ class Link(asyncio.Protocol):
             data = session.read()
             if data:
                 self.protocol.data_received(data)
-        if session.eof and not self._told_eof and not self.closing:
+        if session.eof and not (self._told_eof or self.paused or self.closing):
             self._told_eof = True
             if not self.protocol.eof_received():
                 self.close()
