@@ -64,17 +64,31 @@ def pae(payload: bytes, payload_type: str = PAYLOAD_TYPE) -> bytes:
     return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
 
 
-def sign(payload: bytes, signer: Signer) -> bytes:
-    """A DSSE envelope around a statement, JSON."""
-    return attach(payload, signer.key_id, signer.sign(pae(payload)))
+def sign(data: bytes, signer: Signer) -> bytes:
+    """A DSSE envelope around a statement; an envelope gets one signature more.
+
+    Raises:
+        IntegrityError: ``reference.malformed``.
+    """
+    return attach(data, signer.key_id, signer.sign(pae(envelope_payload(data))))
 
 
-def attach(payload: bytes, key_id: str, signature: bytes) -> bytes:
-    """A DSSE envelope with a signature that was made elsewhere, over :func:`pae`."""
+def attach(data: bytes, key_id: str, signature: bytes) -> bytes:
+    """The same with a signature that was made elsewhere, over :func:`pae` of the statement.
+
+    Raises:
+        IntegrityError: ``reference.malformed``.
+    """
+    payload = envelope_payload(data)
+    document = _json(data)
+    signatures = [] if document.get("_type") == STATEMENT_TYPE else document.get("signatures")
+    if not isinstance(signatures, list):
+        _malformed("it cannot be signed again", "a sigstore bundle", "a statement or a DSSE envelope")
+    others = [one for one in signatures if not isinstance(one, dict) or one.get("keyid") != key_id]
     envelope = {
         "payload": base64.b64encode(payload).decode(),
         "payloadType": PAYLOAD_TYPE,
-        "signatures": [{"keyid": key_id, "sig": base64.b64encode(signature).decode()}],
+        "signatures": [*others, {"keyid": key_id, "sig": base64.b64encode(signature).decode()}],
     }
     return json.dumps(envelope, indent=2).encode() + b"\n"
 
@@ -282,6 +296,22 @@ class References:
         return References(
             (bundle for bundle in self.bundles if any(bundle.covers(name) for name in wanted)), self.revoked
         )
+
+    def require_active(self, bundle: ReferenceBundle, now: int | None = None) -> None:
+        """Refuse a bundle that is revoked or out of date.
+
+        Raises:
+            IntegrityError: ``reference.revoked``, ``.expired`` or ``.not_yet_valid``.
+        """
+        refusal = self._refusal(bundle, int(time.time()) if now is None else now)
+        if refusal is not None:
+            raise IntegrityError(
+                "the reference bundle does not count",
+                id=refusal.id.removeprefix("policy."),
+                found=refusal.found,
+                expected=refusal.expected,
+                remedy=refusal.remedy,
+            )
 
     def active(self, now: int | None = None) -> tuple[ReferenceBundle, ...]:
         """Bundles that are valid and not revoked."""

@@ -8,6 +8,7 @@ import click
 
 from ._enclaves import image_of, key_option, manifest_option, read_manifest, signing_key, tls_option
 from ._output import Steps, json_option, note, print_fields, print_json, size
+from ._references import bundle_options, signer, write_bundle
 
 
 @click.command("build")
@@ -19,6 +20,7 @@ from ._output import Steps, json_option, note, print_fields, print_json, size
 @click.option("--debug/--no-debug", default=None, help="Make a debug enclave (protects nothing), or none.")
 @click.option("--in-place", is_flag=True, help="Write /.inclavare into the source directory itself.")
 @click.option("--force", is_flag=True, help="Replace a destination that exists.")
+@bundle_options
 @tls_option
 @json_option
 def command(
@@ -31,6 +33,9 @@ def command(
     debug: bool | None,
     in_place: bool,
     force: bool,
+    reference_bundle: Path | None,
+    reference_key: Path | None,
+    reference_name: str | None,
     tls_verify: bool,
     as_json: bool,
 ) -> None:
@@ -50,6 +55,9 @@ def command(
 
     if (destination is None) != in_place:
         raise click.UsageError("Name a DESTINATION, or write into the source with --in-place.")
+    if reference_bundle is None and (reference_key or reference_name):
+        raise click.UsageError("--reference-key and --reference-name belong to --reference-bundle.")
+    reference_signer = None if reference_bundle is None else signer(reference_key)
     opened = Reference.parse(source)
     target = opened if destination is None else Reference.parse(destination, destination=True)
     text, name = read_manifest(manifest_path)
@@ -58,8 +66,11 @@ def command(
         built = build_image(
             opened, target, recipe, in_place=in_place, force=force, tls_verify=tls_verify, progress=steps
         )
+    bundle = None
+    if reference_bundle is not None and reference_signer is not None:
+        bundle = write_bundle(built, target, reference_bundle, reference_signer, reference_name)
     if as_json:
-        print_json(built.to_dict())
+        print_json(built.to_dict() | ({} if bundle is None else {"reference_bundle": bundle.to_dict()}))
         return
     manifest = built.identity.manifest
     print_fields(
@@ -75,6 +86,7 @@ def command(
                 "runs on",
                 ", ".join(manifest.enclave.tee) + (" (debug: protects nothing)" if manifest.enclave.debug else ""),
             ),
+            *([] if bundle is None else [("reference bundle", f"{reference_bundle}, id {bundle.id}")]),
         ]
     )
     if manifest.enclave.tee == ("sgx",) and tee is None and not Path("/dev/sgx_enclave").exists():
