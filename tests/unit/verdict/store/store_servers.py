@@ -37,6 +37,9 @@ class PostgreSQL:
         self.execute(f"CREATE DATABASE {name} TEMPLATE {template} ENCODING '{encoding}'")
         return name
 
+    def drop(self, name: str) -> None:
+        self.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
     def execute(self, statement: str, *, database: str = "postgres") -> None:
         with psycopg.connect(
             host=str(self.directory), user=self.user, dbname=database, autocommit=True
@@ -62,7 +65,7 @@ def postgresql(*options: str) -> Iterator[PostgreSQL]:
     if not found[-1]:
         pytest.skip("PostgreSQL's server is not installed (initdb)")
     prefix: list[str] = []
-    directory = Path(tempfile.mkdtemp(prefix="pg"))
+    directory = Path(tempfile.mkdtemp(prefix="pg", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
     user = pwd.getpwuid(os.geteuid()).pw_name
     try:
         if os.geteuid() == 0:
