@@ -472,6 +472,18 @@ op_unseal:
         mov     eax, [r12 + 72]
         cmp     eax, [rip + misc_mask]
         jne     bad_request
+        # What SEAL leaves zero has to be: EGETKEY faults at reserved bytes, and a fault ends the thread.
+        cmp     word ptr [r12 + 6], 0
+        jne     bad_request
+        cmp     dword ptr [r12 + 76], 0
+        jne     bad_request
+        lea     rsi, [r12 + 80]
+        mov     ecx, (512 - 80) / 8
+1:      cmp     qword ptr [rsi], 0
+        jne     bad_request
+        add     rsi, 8
+        dec     ecx
+        jnz     1b
         lfence
         mov     rsi, r12
         lea     rdi, [rip + image + KEYREQUEST]
