@@ -15,12 +15,14 @@
     image = "registry/app"            # accepted: what signed reference bundles say about this image
     reference_values = ["<id>"]       # accepted: these reference bundles, by id or image
 
-    [tdx]                             # trust domains
+Trust domains and SEV-SNP guests have tables of their own::
+
+    [tdx]
     mr_td = ["<96 hex digits>"]       # accepted measurements; likewise rtmr_0 to rtmr_3, mr_config_id, mr_owner,
                                       # mr_owner_config, mr_seam (48 bytes) and xfam (8 bytes)
     migratable = "deny"               # "allow" accepts trust domains that may move to another platform
 
-    [snp]                             # AMD SEV-SNP guests
+    [snp]
     measurement = ["<96 hex digits>"] # likewise id_key_digest, author_key_digest (48 bytes), host_data (32 bytes),
                                       # family_id, image_id (16 bytes)
     min_tcb = {bootloader = 4, tee = 0, snp = 24, microcode = 219}  # AMD rates no TCB: without it, none is accepted
