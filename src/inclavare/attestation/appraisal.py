@@ -159,6 +159,21 @@ def _worse(id: str) -> dict[str, int]:
     return next((values for prefix, values in _WORSE if id.startswith(prefix)), _OTHERWISE)
 
 
+def check_report_data(claims: Claims, expected: bytes) -> tuple[Failure, ...]:
+    """Empty if the 64 bytes of report data are the expected ones."""
+    if hmac.compare_digest(claims.report_data, expected.hex()):
+        return ()
+    return (
+        Failure(
+            "binding.report_data",
+            "report_data",
+            claims.report_data,
+            expected.hex(),
+            "the quote was made for other data (a replay, another key, another nonce): challenge the enclave again",
+        ),
+    )
+
+
 def appraise(
     claims: Claims,
     policy: Policy | AppraisalPolicy,
