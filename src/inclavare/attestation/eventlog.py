@@ -116,7 +116,7 @@ def parse(data: bytes) -> tuple[Entry, ...]:
     if len(data) > MAX_SIZE:
         raise _malformed("it is too large", f"{len(data)} bytes", f"at most {MAX_SIZE}")
     try:
-        entries = _json(data) if data.lstrip()[:1] == b"[" else _ccel(data)
+        entries = _json(data) if _is_json(data) else _ccel(data)[0]
     except EvidenceError as error:
         raise _malformed(error.message, error.found, error.expected) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -124,7 +124,20 @@ def parse(data: bytes) -> tuple[Entry, ...]:
     return entries
 
 
-def _ccel(data: bytes) -> tuple[Entry, ...]:
+def trim(data: bytes) -> bytes:
+    """The log without what firmware did not use of the area that it reserved; a malformed one as it is."""
+    try:
+        return data if _is_json(data) else data[: _ccel(data)[1]]
+    except (EvidenceError, ValueError):
+        return data
+
+
+def _is_json(data: bytes) -> bool:
+    return data.lstrip()[:1] == b"["
+
+
+def _ccel(data: bytes) -> tuple[tuple[Entry, ...], int]:
+    """The events, and where they end."""
     reader = Reader(data)
     reader.take(8, "event log's first entry")
     reader.take(20, "event log's first entry")
@@ -141,6 +154,7 @@ def _ccel(data: bytes) -> tuple[Entry, ...]:
     header.take(header.number("B", "event log's vendor"), "event log's vendor")
     header.end("event log's header")
     found: list[Entry] = []
+    end = len(data) - reader.left
     while reader.left:
         index = reader.number("I", "event")
         if index == 0xFFFFFFFF:
@@ -159,9 +173,10 @@ def _ccel(data: bytes) -> tuple[Entry, ...]:
             digests[algorithm] = reader.take(sizes[algorithm], "event's digests")
         event = reader.take(reader.number("I", "event"), "event")
         found.append(Entry(index, kind, digests, event))
+        end = len(data) - reader.left
         if len(found) > _MAX_ENTRIES:
             raise ValueError(f"more than {_MAX_ENTRIES} events")
-    return tuple(found)
+    return tuple(found), end
 
 
 def _json(data: bytes) -> tuple[Entry, ...]:

@@ -23,6 +23,7 @@ from ..errors import EvidenceError
 from ..sgx import der
 from ..sgx.certification import CERT_PCK_CHAIN
 from ..sgx.quote import TEE_SGX, Quote
+from . import eventlog
 from .collateral import SNP_CERTIFICATES_KEY, Collateral, check_collateral
 from .snp_report import SnpReport, is_report
 
@@ -207,7 +208,7 @@ class Evidence:
             made,
             collateral=made.collateral if collateral is None else check_collateral(collateral),
             runtime_data=runtime_data,
-            event_log=_base64("cc_eventlog", log) if log else None,
+            event_log=eventlog.trim(_base64("cc_eventlog", log)) if log else None,
             init_data=init_data,
         )
 

@@ -27,6 +27,7 @@ from inclavare.attestation.collateral import (
     FileSource,
     KdsSource,
     PccsSource,
+    PlatformSource,
     check_collateral,
 )
 from inclavare.config import Config
@@ -359,6 +360,20 @@ def test_quotes_without_their_certificates(attested: Attested, pccs: str, kind: 
     for chain in (swapped, "", "junk" + fetched.parts[sources.PCK_CHAIN_KEY]):
         forged = evidence.with_collateral({**fetched.parts, sources.PCK_CHAIN_KEY: chain})
         assert cause(verify, forged, policy).startswith(("evidence.certificate.", "evidence.quote.cert_type"))
+
+
+def test_this_machines_simulated_platform(
+    attested: Attested, shared_config: Config, tmp_path: Path, monkeypatch: Any
+) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(
+        "".join(f'{name}_dir = "{getattr(shared_config, name + "_dir")}"\n' for name in ("state", "run", "log"))
+    )
+    monkeypatch.setenv("INCLAVARE_CONFIG", str(path))
+    policy = replace(attested.policy, mrenclave=(), any_enclave=True)
+    for quote in (attested.evidence.quote, attested.platform.td_quote(bytes(64), bytes(48))):
+        result = verify(Evidence.from_quote(quote), policy, collateral=PlatformSource())
+        assert result.accepted and result.claims.collateral_source == "sgx-sim"
 
 
 def test_what_a_pccs_does_not_know(real: tuple[bytes, dict[str, str]], pccs: str, vectors: Path) -> None:

@@ -106,6 +106,8 @@ def test_ccel() -> None:
     for tail in (b"", bytes(100), b"\xff" * 64):
         parsed = eventlog.parse(ccel(EVENTS, tail=tail))
         assert parsed == EVENTS and list(eventlog.replay(parsed)) == extended
+        assert eventlog.trim(ccel(EVENTS, tail=tail)) == ccel(EVENTS)
+    assert eventlog.trim(b"no log") == b"no log" and eventlog.trim(b" []") == b" []"
     shown = EVENTS[0].to_dict()
     assert shown["digests"] == [{"alg": "SHA-384", "digest": EVENTS[0].digests[SHA384].hex()}]
     assert (shown["index"], shown["type_name"], shown["digest_matches_event"]) == (1, "EV_SEPARATOR", True)

@@ -24,7 +24,7 @@ from .._appraisals import (
 )
 from .._files import FILE, read_input
 from .._output import json_option
-from ._quotes import platform, quote_type_option
+from ._quotes import quote_type_option
 
 #: Bytes; a quote with its certificates has about five thousand.
 MAX_QUOTE = 1 << 20
@@ -90,15 +90,18 @@ def _collateral(evidence: Any, url: str | None, tee: str) -> Any:
         source = collateral_source(url, online=False)
         assert source is not None
         return source.fetch(evidence.quote).parts
-    if evidence.tee != tee:
+    simulated = evidence.tee.endswith("-sim")
+    if simulated is not (tee == "sgx-sim"):
         raise UsageError(
             f"this is a quote of {evidence.tee}, and collateral was to come from {tee}",
             id="cli.sgx.tee",
             found=evidence.tee,
             expected=tee,
-            remedy=f"give --tee {evidence.tee} on that machine, or --pccs or --collateral",
+            remedy=f"give --tee {'sgx-sim' if simulated else 'sgx'} on that machine, or --pccs or --collateral",
         )
-    if tee == "sgx-sim":
-        return platform(tee).collateral()
+    if simulated:
+        from ...attestation.collateral import PlatformSource
+
+        return PlatformSource().fetch(evidence.quote).parts
     service, check = pccs.service()
     return pccs.collateral(service, evidence.quote, check_certificate=check)
