@@ -35,7 +35,6 @@
 
     [attestation]
     nonce_life = "5m"                  # from challenge to evidence
-    session_life = "30m"               # from challenge to the last release by cookie
     threads = 4                        # blocking work (verification, policies, database) at once, in each process
     keep_evidence = true               # the newest, for dry-runs of changed policies
 
@@ -80,6 +79,12 @@
 
     [web]
     enabled = true
+
+    [secret_provisioning]              # Gramine's protocol (libsecret_prov_attest)
+    listen = ""                        # "127.0.0.1:4433"; empty: not served
+    tenant = "default"
+    secret = ""                        # the path of the secret that accepted enclaves get: "app/key/1"
+    tls12 = false                      # for Gramine before 1.8
 
     [telemetry]
     log = ""                           # file for JSON lines; default standard error
@@ -171,7 +176,6 @@ class Tokens(_Table, frozen=True):
 
 class AttestationSection(_Table, frozen=True):
     nonce_life: Seconds = Seconds(300)
-    session_life: Seconds = Seconds(1800)
     threads: Annotated[int, Meta(ge=1, le=256)] = 4
     keep_evidence: bool = True
 
@@ -222,6 +226,13 @@ class Web(_Table, frozen=True):
     enabled: bool = True
 
 
+class SecretProvisioning(_Table, frozen=True):
+    listen: str = ""
+    tenant: str = "default"
+    secret: str = ""
+    tls12: bool = False
+
+
 class Telemetry(_Table, frozen=True):
     log: AbsolutePath = AbsolutePath()
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -250,6 +261,7 @@ class VerdictConfig(_Table, frozen=True):
     auth: Auth = Auth()
     plugins: tuple[dict[str, Any], ...] = ()
     web: Web = Web()
+    secret_provisioning: SecretProvisioning = SecretProvisioning()
     telemetry: Telemetry = Telemetry()
 
     @classmethod
@@ -294,8 +306,7 @@ class VerdictConfig(_Table, frozen=True):
     @property
     def address(self) -> tuple[str, int]:
         """Host and port of ``listen``."""
-        host, _, port = self.listen.rpartition(":")
-        return host.removeprefix("[").removesuffix("]"), int(port)
+        return split_address(self.listen)
 
     @property
     def base_url(self) -> str:
@@ -340,9 +351,13 @@ class VerdictConfig(_Table, frozen=True):
         def refuse(path: tuple[str, ...], found: object, expected: str) -> None:
             raise _wrong(name, text, path, found, expected)
 
-        host, _, port = self.listen.rpartition(":")
-        if not host or not port.isdecimal() or int(port) > 65535:
-            refuse(("listen",), self.listen, "host:port, for example 127.0.0.1:8443 or [::]:8443")
+        provisioning = self.secret_provisioning
+        for path, address in ((("listen",), self.listen), (("secret_provisioning", "listen"), provisioning.listen)):
+            host, _, port = address.rpartition(":")
+            if (address or path == ("listen",)) and not (host and port.isdecimal() and int(port) <= 65535):
+                refuse(path, address, "host:port, for example 127.0.0.1:8443 or [::]:8443")
+        if provisioning.listen and not provisioning.secret:
+            refuse(("secret_provisioning", "secret"), "", "the path of a secret: repo/type/tag")
         if self.public_url and not re.fullmatch(r"https://[^/?#@]+", self.public_url):
             refuse(("public_url",), self.public_url, "https://host[:port], without a path")
         if not self.state_dir:
@@ -356,8 +371,6 @@ class VerdictConfig(_Table, frozen=True):
         vault = self.master_key.vault
         if self.master_key.kind == "vault-transit" and not (vault.url and vault.key and vault.token_file):
             refuse(("master_key", "vault"), "not complete", "url, key and token_file")
-        if self.attestation.session_life < self.attestation.nonce_life:
-            refuse(("attestation", "session_life"), self.attestation.session_life, "at least nonce_life")
         if self.auth.certificates and not self.tls.client_ca:
             refuse(("auth", "certificates"), "no tls.client_ca", "the authority of these certificates")
         for at, source in enumerate(self.collateral.sources):
@@ -365,9 +378,15 @@ class VerdictConfig(_Table, frozen=True):
                 refuse(
                     ("collateral", "sources"), self.collateral.sources[at], "intel, amd, platform, file:/… or https://…"
                 )
-        for key, url in (("otlp_endpoint", self.telemetry.otlp_endpoint),):
-            if url and not re.fullmatch(r"https://.+|http://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?(/.*)?", url):
-                refuse(("telemetry", key), url, "https://…, or http on this machine")
+        url = self.telemetry.otlp_endpoint
+        if url and not re.fullmatch(r"https://.+|http://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?(/.*)?", url):
+            refuse(("telemetry", "otlp_endpoint"), url, "https://…, or http on this machine")
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """Host and port of ``host:port`` or ``[host]:port``."""
+    host, _, port = text.rpartition(":")
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def duration(value: object) -> Seconds:

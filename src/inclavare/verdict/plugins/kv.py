@@ -1,0 +1,37 @@
+"""``resource``: the secrets in verdictd's own store, at ``<repository>/<type>/<tag>``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..store import names
+
+if TYPE_CHECKING:
+    from ..store import Store
+    from . import Answer, Request, Workload
+
+
+class KvPlugin:
+    """See :class:`inclavare.verdict.plugins.Plugin`."""
+
+    methods = frozenset({"GET"})
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def policy(self, tenant: str, request: Request) -> str | None:
+        """The secret's own policy."""
+        return self._store.secrets.info(tenant, _path(request)).policy
+
+    def fetch(self, tenant: str, request: Request, workload: Workload) -> Answer:
+        """The newest version; a release-once one goes to the first TEE key that asks."""
+        from . import Answer
+
+        secret = self._store.secrets.fetch(tenant, _path(request), holder=workload.holder)
+        return Answer(secret.value, {"version": secret.info.version, "release_once": secret.info.release_once})
+
+
+def _path(request: Request) -> str:
+    # CoCo's command line asks for resource//repo/type/tag where the path is given without a scheme.
+    parts = request.path[1:] if len(request.path) == 4 and not request.path[0] else request.path
+    return names.path("/".join(parts))
