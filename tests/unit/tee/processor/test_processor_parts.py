@@ -96,6 +96,7 @@ def test_mappings() -> None:
         (1 << 47, PAGE_SIZE),
         ((1 << 47) - PAGE_SIZE, 2 * PAGE_SIZE),
         ((1 << 64) - PAGE_SIZE, 2 * PAGE_SIZE),
+        ((1 << 64) - (1 << 47) - PAGE_SIZE, 2 * PAGE_SIZE),
     ],
 )
 def test_ranges(linear: int, size: int) -> None:

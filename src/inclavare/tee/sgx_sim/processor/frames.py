@@ -37,7 +37,7 @@ def locate(lp: LogicalProcessor, secs_page: int, secs: EnclaveSecs, tcs: Tcs, in
         PageFault: a page of its XSAVE area or GPRSGX is not the enclave's own, regular, readable and writable.
     """
     layout = frame_layout(secs.public.ssa_frame_size, secs.attributes.xfrm, secs.public.miscselect)
-    start = (tcs.ossa + secs.base + layout.size * index) % _ADDRESSES
+    start = tcs.ossa + secs.base + layout.size * index
     pages = tuple(
         _page(lp, secs_page, (start + offset) % _ADDRESSES) for offset in range(0, layout.xsave_size, PAGE_SIZE)
     )

@@ -108,6 +108,6 @@ class AddressSpace:
     def _range(linear: int, size: int) -> range:
         if linear % PAGE_SIZE or size % PAGE_SIZE or size <= 0:
             raise ValueError(f"{size} bytes at {linear:#x} are not whole pages")
-        if linear < 0 or not is_canonical(linear) or not is_canonical(linear + size - 1):
+        if not is_canonical(linear) or not is_canonical(linear + size - 1):
             raise ValueError(f"{size} bytes at {linear:#x} are not in the address space")
         return range(linear, linear + size, PAGE_SIZE)
