@@ -629,3 +629,7 @@ def _reason_text(item: dict[str, Any]) -> str:
         if item.get(name) is not None:
             text += f", {name} {item[name]}"
     return f"{text} [{item['id']}]" + (f" ({item['remedy']})" if item.get("remedy") else "")
+
+
+def _cut(item: dict[str, Any]) -> dict[str, str]:
+    return {name: str(value)[:_SHOWN] for name, value in item.items()}
