@@ -442,6 +442,7 @@ def test_request_is_read_once(enclave: EmulatedEnclave) -> None:
             copied = copied or saved == _after_copy()
             if copied:
                 enclave.machine.space.poke(enclave.request_address, bytes(len(request)))
+                enclave.machine.interrupt_every = None
 
     enclave.machine.logical.processor.observers.append(change)
     assert protocol.unpack_response(enclave.call(request)) == b"secret"
