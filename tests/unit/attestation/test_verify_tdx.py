@@ -408,7 +408,7 @@ def test_a_known_platform_does_not_lend_its_name(domain: Domain) -> None:
     for key, value in (domain.evidence.collateral or {}).items():
         changed = {
             **(domain.evidence.collateral or {}),
-            key: value[:-3] + ("A" if value[-3] != "A" else "B") + value[-2:],
+            key: value[:-3] + ("0" if value[-3] != "0" else "1") + value[-2:],
         }
         cause(replace(domain.evidence, collateral=changed), domain.policy, domain.now)
     foreign = replace(domain.policy, trust_anchor=None).with_trust_anchor(_another_root())
