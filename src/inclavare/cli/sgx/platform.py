@@ -111,7 +111,7 @@ def set_tcb(
     cpusvn: bytes | None,
     as_json: bool,
 ) -> None:
-    """Change what the platform's collateral says of its security, to test a verifier's policy. The rest stays as it is."""
+    """Change what the platform's collateral says of its security, to test a policy. The rest stays as it is."""
     from ...config import load
     from ...tee.sgx_sim import life
 

@@ -13,6 +13,7 @@ from .._fields import hexadecimal, number
 from .._files import FILE, output_option, read_input, write_output
 from .._output import json_option, note, print_fields, print_json
 from .._signing import service, service_options
+from ._enclave_files import libpal_option
 
 if TYPE_CHECKING:
     from ...sgx.structs import Sigstruct
@@ -84,12 +85,20 @@ def _field_options(function: Any) -> Any:
 )
 @click.option("--public-key", type=_EXISTING, help="The signer's, PEM: for --catsig; expected of a signing service.")
 @click.option("--config", type=_EXISTING, help="TOML with the fields below, named with underscores.")
+@libpal_option
+@click.option(
+    "--manifest-out",
+    type=FILE,
+    help="Write the Gramine manifest with its trusted files' hashes (.manifest.sgx), and sign that.",
+)
 @_field_options
 @service_options
 @json_option
 def command(
     *,
     source: str | None,
+    libpal: Path | None,
+    manifest_out: Path | None,
     mrenclave: bytes | None,
     output_path: Path | None,
     key_path: Path | None,
@@ -105,10 +114,12 @@ def command(
     as_json: bool,
     **chosen: Any,
 ) -> None:
-    """Sign the enclave SOURCE: an SGXS stream (- for standard input), or a shared object of Intel's SDK.
+    """Sign the enclave SOURCE: an SGXS stream (- for standard input), a shared object of Intel's SDK, or a Gramine
+    manifest together with --libpal.
 
-    Fields that are not given come from an SDK enclave's metadata and former SIGSTRUCT, else they are MODE64BIT, XFRM 3,
-    MISCSELECT 0. All ATTRIBUTES are fixed, DEBUG among them, unless --attribute-mask says otherwise.
+    Fields that are not given come from the Gramine manifest, or from an SDK enclave's metadata and former SIGSTRUCT;
+    else they are MODE64BIT, XFRM 3, MISCSELECT 0. All ATTRIBUTES are fixed, DEBUG among them, unless --attribute-mask
+    says otherwise.
 
     \b
     With a key that is kept elsewhere, as with sgx_sign:
@@ -124,6 +135,8 @@ def command(
         raise click.UsageError("Give one of --key, --gendata, --catsig and --signing-service.")
     if source is not None and mrenclave is not None:
         raise click.UsageError("Give SOURCE or --mrenclave.")
+    if manifest_out is not None and libpal is None:
+        raise click.UsageError("--manifest-out needs --libpal.")
     fields = {name: value for name, value in chosen.items() if value is not None}
     if catsig is not None:
         if public_key is None:
@@ -132,7 +145,7 @@ def command(
             raise click.UsageError("With --catsig all fields are those of DATA.")
         data, signature = (read_input(path, 1 << 16) for path in catsig)
         signed = sigstruct.catsig(data, signature, sigstruct.public_modulus(public_key.read_bytes()))
-        expected = _measure(source)[0] if source is not None else mrenclave
+        expected = _measure(source, libpal)[0] if source is not None else mrenclave
         if expected is not None and signed.enclave_hash != expected:
             raise IntegrityError(
                 "DATA was made for another enclave",
@@ -146,7 +159,7 @@ def command(
         raise click.UsageError("Give SOURCE or --mrenclave.")
     if public_key is not None and remote is None:
         raise click.UsageError("--public-key belongs to --catsig and --signing-service.")
-    measured, own = _measure(source) if source is not None else (mrenclave or b"", {})
+    measured, own = _measure(source, libpal, manifest_out) if source is not None else (mrenclave or b"", {})
     all_fields: Any = {**_defaults(), **own, **(_read(config) if config is not None else {}), **fields}
     if key_path is not None:
         from ...enclave.signing import load_key
@@ -164,8 +177,10 @@ def command(
         _finish(remote.sign(data, public_key.read_bytes() if public_key else None), output_path, as_json)
 
 
-def _measure(source: str) -> tuple[bytes, dict[str, Any]]:
+def _measure(source: str, libpal: Path | None = None, manifest: Path | None = None) -> tuple[bytes, dict[str, Any]]:
     """MRENCLAVE, and the fields that the enclave's own format tells."""
+    if libpal is not None:
+        return _measure_gramine(Path(source), libpal, manifest)
     if source == "-":
         return _measure_stream(sys.stdin.buffer)
     with Path(source).open("rb") as file:
@@ -185,6 +200,17 @@ def _measure(source: str) -> tuple[bytes, dict[str, Any]]:
             "xfrm_mask": Attributes.from_bytes(before.attribute_mask).xfrm,
         }
     return measure(image), own
+
+
+def _measure_gramine(source: Path, libpal: Path, manifest: Path | None) -> tuple[bytes, dict[str, Any]]:
+    from ...enclave import gramine
+    from ...sgx.measure import measure
+
+    text = source.read_bytes()
+    if manifest is not None:
+        text = gramine.with_hashes(text)
+        write_output(manifest, text, mode=0o644)
+    return measure(gramine.image(text, libpal.read_bytes())), dict(gramine.sigstruct_fields(text))
 
 
 def _measure_stream(file: BinaryIO) -> tuple[bytes, dict[str, Any]]:
