@@ -199,10 +199,7 @@ class Audit:
                 walk.row(row)
             columns = (_H.seq, _H.hash, _H.kid, _H.signature)
             head = connection.execute(sa.select(*columns).where(_H.tenant_id == id)).first()
-            if head is None:
-                findings.append(Finding("verdict.store.audit.head", uid, None, "the signed head is not there"))
-            else:
-                walk.end(self._keyring.store_uid, head._asdict(), keys)
+            walk.end(self._keyring.store_uid, None if head is None else head._asdict(), keys)
             total += walk.seq
         if tenant is None:
             for uid in sorted(known):
@@ -314,9 +311,11 @@ class ChainWalk:
         self.seq += 1
         self._last, self._next = entry.hash, entry.seq + 1
 
-    def end(self, store: str, head: Mapping[str, Any], keys: Mapping[str, Any]) -> None:
+    def end(self, store: str, head: Mapping[str, Any] | None, keys: Mapping[str, Any]) -> None:
         """The signed head."""
-        if not _signed(keys, head["kid"], head["signature"], _head_body(store, self.chain, head["seq"], head["hash"])):
+        if head is None:
+            self._note("head", None, "the signed head is not there")
+        elif not _signed(keys, head["kid"], head["signature"], _head_body(store, self.chain, head["seq"], head["hash"])):
             self._note("head", None, "the head's signature is not of this service")
         elif (head["seq"], head["hash"]) != (self._next - 1, self._last):
             message = f"the signed head is entry {head['seq']}, the last one that there is is {self._next - 1}"

@@ -309,10 +309,10 @@ def translated(error: Exception) -> Exception:
             found=type(getattr(error, "orig", error)).__name__,
             expected="text without NUL and without half a surrogate pair; numbers of 64 bits",
         )
-    if isinstance(error, exc.IntegrityError):
-        return Conflict("the database refuses this", id="verdict.store.database.constraint", found=_reason(error))
     if isinstance(error, exc.DatabaseError) and "append-only" in str(error.orig):
         return Damaged("the audit trail is append-only", id="verdict.store.audit.append_only", found=_reason(error))
+    if isinstance(error, exc.IntegrityError):
+        return Conflict("the database refuses this", id="verdict.store.database.constraint", found=_reason(error))
     if isinstance(error, exc.DatabaseError | exc.InterfaceError | exc.TimeoutError):
         return Unavailable(
             "the database cannot be reached, or is busy",

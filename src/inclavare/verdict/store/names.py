@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -121,6 +122,8 @@ def canonical(value: Any, what: str, limit: int) -> str:
     try:
         encoded = rfc8785.dumps(value)
         document = encoded.decode()
+        # 2.0**53 is written as an integer that is not taken back: what is stored must stand a second reading.
+        rfc8785.dumps(json.loads(document))
     except (rfc8785.CanonicalizationError, UnicodeError, RecursionError) as error:
         raise Invalid(
             f"the {what} cannot be written as canonical JSON",

@@ -38,7 +38,8 @@ def tamper(store: Store, statement: str, **values: Any) -> int:
                 connection.exec_driver_sql(f"DROP TRIGGER {name}")
         else:
             connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
-        changed = connection.execute(sa.text(statement), values).rowcount
+        run = connection.execute(sa.text(statement), values) if values else connection.exec_driver_sql(statement)
+        changed = run.rowcount
         if store.database.sqlite:
             for _, sql in triggers:
                 connection.exec_driver_sql(sql)

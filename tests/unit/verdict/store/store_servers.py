@@ -41,9 +41,7 @@ class PostgreSQL:
         self.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
     def execute(self, statement: str, *, database: str = "postgres") -> None:
-        with psycopg.connect(
-            host=str(self.directory), user=self.user, dbname=database, autocommit=True
-        ) as connection:
+        with psycopg.connect(host=str(self.directory), user=self.user, dbname=database, autocommit=True) as connection:
             connection.execute(statement)  # type: ignore[call-overload]
 
     def control(self, *arguments: str) -> None:

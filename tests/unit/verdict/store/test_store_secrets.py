@@ -98,7 +98,14 @@ def test_paths_of_the_documented_form_are_taken(path: str) -> None:
 
 def test_too_large(store: Store) -> None:
     refused("verdict.store.secret.size", store.secrets.put, "acme", "a/b/c", bytes((1 << 20) + 1))
-    refused("verdict.store.metadata.size", store.secrets.put, "acme", "a/b/c", b"", metadata={str(n): "x" * 2000 for n in range(3)})
+    refused(
+        "verdict.store.metadata.size",
+        store.secrets.put,
+        "acme",
+        "a/b/c",
+        b"",
+        metadata={str(n): "x" * 2000 for n in range(3)},
+    )
     refused("verdict.store.metadata.name", store.secrets.put, "acme", "a/b/c", b"", metadata={"a": "b\nc"})
     refused("verdict.store.holder.name", store.secrets.read, "acme", "a/b/c", holder="Alice")
 

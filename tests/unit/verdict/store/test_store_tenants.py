@@ -136,7 +136,9 @@ def test_every_method_is_among_these() -> None:
     parts = {"secrets": secrets.Secrets, "policies": policies.Policies, "references": references.ReferenceBundles,
              "sessions": sessions.Sessions, "evidence": evidence.EvidenceRing, "tokens": tokens.Tokens,
              "audit": audit.Audit}  # fmt: skip
-    methods = {f"{name}.{method}" for name, part in parts.items() for method in vars(part) if not method.startswith("_")}
+    methods = {
+        f"{name}.{method}" for name, part in parts.items() for method in vars(part) if not method.startswith("_")
+    }
     assert methods == {name.split()[0] for name in CALLS} | set(LISTS) | OWN
 
 
@@ -158,7 +160,9 @@ def answer(store: Store, call: Call, tenant: str, known: dict[str, Any]) -> tupl
 
 def contents(store: Store) -> dict[str, list[Any]]:
     with store.database.engine.connect() as connection:
-        return {table.name: sorted(map(repr, connection.execute(sa.select(table)))) for table in Base.metadata.sorted_tables}
+        return {
+            table.name: sorted(map(repr, connection.execute(sa.select(table)))) for table in Base.metadata.sorted_tables
+        }
 
 
 def test_not_yours_is_the_same_as_not_there(store: Store) -> None:
