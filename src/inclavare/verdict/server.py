@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import serving
-from ..errors import InclavareError
+from ..errors import InclavareError, PlatformError
 from .config import VerdictConfig, split_address
 from .telemetry import event, start_logging, start_tracing
 
@@ -31,6 +31,8 @@ SHUTDOWN_SECONDS = 20
 _PURGE_SECONDS = 60.0
 #: A worker that ended by itself is started again, but not faster than this.
 _RESTART_SECONDS = 1.0
+#: How a worker ends that would end again (sysexits.h, EX_CONFIG).
+_MISCONFIGURED = 78
 HEADERS = (("strict-transport-security", "max-age=31536000"), ("cache-control", "no-store"))
 
 
@@ -138,7 +140,7 @@ def http_server(config: VerdictConfig, application: Application) -> Any:
         application.stopping = True
         ended(number, frame)
 
-    server.handle_exit = handle_exit  # type: ignore[method-assign]
+    server.handle_exit = handle_exit  # type: ignore[method-assign,assignment]
     return server
 
 
@@ -186,7 +188,7 @@ def _secret_provisioning(config: VerdictConfig, application: Application) -> Ite
 def _supervise(config: VerdictConfig, listening: socket.socket) -> None:
     """Several workers on one socket; one that ends is started again. Forks, so there must be no thread yet."""
     children: dict[int, float] = {}
-    stopping = False
+    stopping = failed = False
 
     def stop(number: int, _: Any) -> None:
         nonlocal stopping
@@ -208,8 +210,15 @@ def _supervise(config: VerdictConfig, listening: socket.socket) -> None:
         began = children.pop(pid, 0.0)
         if stopping:
             continue
-        event("verdict.worker.ended", level=logging.ERROR, pid=pid, status=os.waitstatus_to_exitcode(status))
-        time.sleep(max(0.0, _RESTART_SECONDS - (time.monotonic() - began)))
+        code = os.waitstatus_to_exitcode(status)
+        event("verdict.worker.ended", level=logging.ERROR, pid=pid, status=code)
+        if code == _MISCONFIGURED:
+            failed = True
+            stop(signal.SIGTERM, None)
+        else:
+            time.sleep(max(0.0, _RESTART_SECONDS - (time.monotonic() - began)))
+    if failed:
+        raise PlatformError("a worker cannot be started", id="verdict.worker", remedy="the log says why")
 
 
 def _fork(config: VerdictConfig, listening: socket.socket) -> int:
@@ -218,9 +227,13 @@ def _fork(config: VerdictConfig, listening: socket.socket) -> int:
         return pid
     code = 1
     try:
+        from ..shield import mounts
+
+        mounts.prctl(mounts.PR_SET_PDEATHSIG, signal.SIGTERM)
         work(config, listening)
         code = 0
     except InclavareError as error:
+        code = _MISCONFIGURED
         event("verdict.worker.failed", level=logging.ERROR, reason=error.one_line())
     except BaseException as error:
         event("verdict.worker.failed", level=logging.ERROR, reason=type(error).__name__)
@@ -254,8 +267,9 @@ def _multiprocess_metrics(config: VerdictConfig) -> Iterator[None]:
 
 def _harden() -> None:
     """No core dumps, and no other process of this user may look into this one's memory."""
-    import ctypes
     import resource
 
+    from ..shield import mounts
+
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
+    mounts.prctl(mounts.PR_SET_DUMPABLE, 0)
