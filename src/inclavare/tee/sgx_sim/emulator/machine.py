@@ -39,7 +39,7 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
-class Exception_:
+class ExceptionEvent:
     """An exception, as observers are told before it is delivered.
 
     Attributes:
@@ -81,7 +81,7 @@ class Machine:
         self.budget = budget
         self.handler: Callable[[Fault], bool] | None = None
         self.interrupt_every: int | None = None
-        self.observers: list[Callable[[Exception_], None]] = []
+        self.observers: list[Callable[[ExceptionEvent], None]] = []
         self.on_instruction: Callable[[Instruction], None] | None = None
         self.instructions = 0
         self.enclave_instructions = 0
@@ -149,7 +149,7 @@ class Machine:
 
     def _deliver(self, fault: Fault) -> bool:
         logical = self.logical
-        told = Exception_(fault, logical.registers.rip, logical.enclave_mode)
+        told = ExceptionEvent(fault, logical.registers.rip, logical.enclave_mode)
         for observer in self.observers:
             observer(told)
         if logical.enclave_mode:

@@ -18,7 +18,7 @@ from ..processor import Event, Kind, PageFault
 from ..processor.faults import PF_FETCH, PF_WRITE
 from .enclave import EmulatedEnclave
 from .instructions import Instruction
-from .machine import Exception_
+from .machine import ExceptionEvent
 
 #: Why accesses are refused, by rule; others are shown as they are called.
 _WHY = {
@@ -107,7 +107,7 @@ class Tracer:
         inside = self._enclave.machine.logical.enclave_mode
         self._tell("INSTRUCTION", enclave=inside, rip=self.place(one.address), text=str(one))
 
-    def _exception(self, told: Exception_) -> None:
+    def _exception(self, told: ExceptionEvent) -> None:
         fault = told.fault
         who = "enclave" if told.enclave else "host"
         why = _WHY.get(fault.rule, fault.rule)
