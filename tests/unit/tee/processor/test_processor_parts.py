@@ -272,6 +272,13 @@ def test_restore_refuses(rule: str, at: int, value: int) -> None:
     assert caught.value.rule == rule
 
 
+def test_restore_takes_every_defined_bit_of_mxcsr() -> None:
+    area = bytearray(save(INIT_IMAGE, bytes(576), 3))
+    area[24:28] = (0xFFFF).to_bytes(4, "little")
+    area[512] = 3
+    assert restore(INIT_IMAGE, bytes(area), 3)[24:28] == (0xFFFF).to_bytes(4, "little")
+
+
 def test_restore_leaves_other_components_alone() -> None:
     image = full_image()
     area = save(INIT_IMAGE, bytes(576), 3)

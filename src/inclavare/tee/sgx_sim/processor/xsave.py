@@ -12,7 +12,6 @@ XFRM_SUPPORTED = 0x602E7
 
 _X87, _SSE = 1 << 0, 1 << 1
 _HEADER = struct.Struct("<QQ48x")
-_XSTATE_BV = slice(XSAVE_LEGACY_SIZE, XSAVE_LEGACY_SIZE + 8)
 _MXCSR = slice(24, 28)
 _MXCSR_RESERVED = 0xFFFF_0000
 #: Where the legacy region keeps x87 (control, status, tag, pointers; then ST0–7) and SSE (MXCSR and its mask; XMM0–15).
