@@ -313,9 +313,10 @@ class ChainWalk:
 
     def end(self, store: str, head: Mapping[str, Any] | None, keys: Mapping[str, Any]) -> None:
         """The signed head."""
+        body = b"" if head is None else _head_body(store, self.chain, head["seq"], head["hash"])
         if head is None:
             self._note("head", None, "the signed head is not there")
-        elif not _signed(keys, head["kid"], head["signature"], _head_body(store, self.chain, head["seq"], head["hash"])):
+        elif not _signed(keys, head["kid"], head["signature"], body):
             self._note("head", None, "the head's signature is not of this service")
         elif (head["seq"], head["hash"]) != (self._next - 1, self._last):
             message = f"the signed head is entry {head['seq']}, the last one that there is is {self._next - 1}"

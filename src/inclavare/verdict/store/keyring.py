@@ -123,7 +123,8 @@ class Keyring:
         Raises:
             Damaged: the row was changed behind the store's back.
         """
-        if not hmac.compare_digest(mac, self.mac(*parts)):
+        # SQLite's columns hold any type.
+        if not isinstance(mac, bytes) or not hmac.compare_digest(mac, self.mac(*parts)):
             raise Damaged(
                 f"a row of the store was changed behind its back: {parts[0]}",
                 id="verdict.store.row.damaged",

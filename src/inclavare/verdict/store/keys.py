@@ -64,7 +64,8 @@ class Keys:
         query = sa.select(*_K.__table__.columns).where(
             _K.kind == kind, sa.or_(_K.retires.is_(None), _K.retires > self._database.now())
         )
-        rows = self._database.read(lambda connection: connection.execute(query.order_by(_K.created.desc())).all())
+        newest = (_K.retires.is_not(None), _K.created.desc())
+        rows = self._database.read(lambda connection: connection.execute(query.order_by(*newest)).all())
         return [self._open(row) for row in rows]
 
     def every(self, kind: KeyKind) -> Sequence[SigningKey]:
