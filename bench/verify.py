@@ -23,7 +23,7 @@ from typing import Any
 import dcap_qvl
 
 from inclavare.attestation import Evidence, Policy, verify
-from inclavare.attestation.verifiers import dcap
+from inclavare.attestation.verifiers import certificates, dcap
 from inclavare.config import Config
 from inclavare.sgx.intel import INTEL_ROOT_CA
 from inclavare.sgx.quote import Quote
@@ -113,8 +113,8 @@ def measure(one: Contender, seconds: float) -> dict[str, Any]:
         return verify(next(turn), one.policy, now=one.now)
 
     def new_platform() -> None:
-        dcap.pki.load.cache_clear()
-        dcap.pki.check_issued.cache_clear()
+        certificates.load.cache_clear()
+        certificates.check_issued.cache_clear()
         dcap._platform.cache_clear()
         dcap._verdicts.clear()
 
