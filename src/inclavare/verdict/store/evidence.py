@@ -49,8 +49,8 @@ class EvidenceRing:
         now = self._database.now()
 
         def work(connection: Connection) -> None:
-            # Locked, so that two who keep at the same time do not both count without the other's.
-            owner = tenant_id(connection, tenant)
+            # Two who keep at the same time must not both count without the other's.
+            owner = tenant_id(connection, tenant, alone=True)
             values = {"tee": tee[:32], "kept": now, "size": len(envelope), "envelope": envelope}
             kept = upsert(connection, _E).values(tenant_id=owner, digest=digest, **values)
             connection.execute(kept.on_conflict_do_update(index_elements=["tenant_id", "digest"], set_=values))

@@ -170,7 +170,7 @@ class Policies:
         size, digest, created = len(text.encode()), sha256(text.encode()).hexdigest(), self._database.now()
 
         def work(connection: Connection) -> tuple[int, bool]:
-            owner, uid = _owner(connection, tenant, lock=True)
+            owner, uid = _owner(connection, tenant, alone=True)
             where = (_P.tenant_id == owner, _P.id == id)
             row = connection.execute(sa.select(*_P.__table__.columns).where(*where)).first()
             if row is not None and row.kind != kind:
@@ -239,6 +239,6 @@ def _query(tenant: str) -> Any:
     )  # fmt: skip
 
 
-def _owner(connection: Connection, tenant: str, *, lock: bool = False) -> tuple[int, str]:
-    id = tenant_id(connection, tenant, lock=lock)
+def _owner(connection: Connection, tenant: str, *, alone: bool = False) -> tuple[int, str]:
+    id = tenant_id(connection, tenant, alone=alone)
     return id, connection.execute(sa.select(TenantRow.uid).where(TenantRow.id == id)).scalar_one()

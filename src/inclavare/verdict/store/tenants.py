@@ -124,7 +124,7 @@ class Tenants:
         now = self._database.now()
 
         def work(connection: Connection) -> None:
-            id = tenant_id(connection, name, lock=True)
+            id = tenant_id(connection, name, removing=True)
             for table in _OWNED:
                 connection.execute(sa.delete(table).where(table.__table__.c.tenant_id == id))
             unused = {"used_secrets": 0, "used_bytes": 0, "used_policies": 0}
@@ -138,18 +138,19 @@ def tenant_is(name: str) -> sa.ColumnElement[bool]:
     return sa.and_(TenantRow.name == name, TenantRow.deleted.is_(None))
 
 
-def tenant_id(connection: Connection, name: str, *, lock: bool = False) -> int:
-    """The row of a tenant, for writing.
+def tenant_id(connection: Connection, name: str, *, alone: bool = False, removing: bool = False) -> int:
+    """The row of a tenant, for writing: nobody deletes it until the transaction ends.
 
     Args:
-        lock: let nobody change or delete it until the transaction ends.
+        alone: wait for others who do the same, and let them wait.
+        removing: wait for all who write something of this tenant.
 
     Raises:
         NotFound: there is none.
     """
     query = sa.select(TenantRow.id).where(tenant_is(name))
     # Without the lock of a foreign key's check, a tenant could be deleted under a row that is being written.
-    query = query.with_for_update() if lock else query.with_for_update(read=True, key_share=True)
+    query = query.with_for_update(read=not (alone or removing), key_share=not removing)
     found = connection.execute(query).scalar()
     if found is None:
         raise unknown("tenant")
