@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _CERTIFICATE_DAYS = 3650
 _BACKLOG = 128
+_GOOD_BYE_SECONDS = 0.5
 _BEGIN, _END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
 
 
@@ -239,6 +240,12 @@ def _connection(seconds: float | None) -> Any:
             self.app = with_certificate
             if seconds is not None:
                 self._end = self.loop.call_later(seconds, transport.abort)
+
+        def shutdown(self) -> None:
+            super().shutdown()
+            if self.transport.is_closing():
+                # It was idle. Without this, TLS waits half a minute for the peer to say good-bye, too.
+                self.loop.call_later(_GOOD_BYE_SECONDS, self.transport.abort)
 
         def connection_lost(self, exc: Exception | None) -> None:
             if self._end is not None:

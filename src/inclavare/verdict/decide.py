@@ -343,7 +343,7 @@ class Decider:
                 failures += _judge_again(rule, grant, rules).failures
             else:
                 failures += _by_resource_policy(rule, grant.token, request).failures
-        elif not any(rule.names_enclaves() for rule in rules.attestation):
+        elif plugin.needs_resource_policy or not any(rule.names_enclaves() for rule in rules.attestation):
             failures.append(
                 Failure(
                     "policy.resource.none",

@@ -15,6 +15,8 @@ Send = Callable[[Message], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _QUERY_FIELDS = 32
+#: Unless an answer says otherwise.
+_HEADERS = {"cache-control": "no-store"}
 
 
 class TooLarge(Exception):
@@ -43,7 +45,7 @@ class Answer:
         headers = [
             (b"content-type", self.content_type.encode()),
             (b"content-length", str(len(self.body)).encode()),
-            *((name.encode(), value.encode("latin-1")) for name, value in self.headers.items()),
+            *((name.encode(), value.encode("latin-1")) for name, value in {**_HEADERS, **self.headers}.items()),
         ]
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
         await send({"type": "http.response.body", "body": self.body})

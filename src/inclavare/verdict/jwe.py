@@ -73,6 +73,11 @@ class TeeKey:
         canonical = json.dumps(required, separators=(",", ":")).encode()
         return cls(dict(jwk), sha256(canonical).hexdigest(), key)
 
+    @property
+    def public_key(self) -> Any:
+        """As the library ``cryptography`` has it."""
+        return self._key.public_key
+
     def encrypt(self, value: bytes) -> bytes:
         """A flattened JWE (RFC 7516, 7.2.2) as JSON: only the TEE can read it."""
         header = {"alg": self.jwk["alg"], "enc": CONTENT_ENCRYPTION}

@@ -33,7 +33,7 @@ _PURGE_SECONDS = 60.0
 _RESTART_SECONDS = 1.0
 #: How a worker ends that would end again (sysexits.h, EX_CONFIG).
 _MISCONFIGURED = 78
-HEADERS = (("strict-transport-security", "max-age=31536000"), ("cache-control", "no-store"))
+HEADERS = (("strict-transport-security", "max-age=31536000"),)
 
 
 def master_key(config: VerdictConfig) -> MasterKey:

@@ -85,9 +85,15 @@ class Answer:
 
 
 class Plugin(Protocol):
-    """One plugin. Called from several threads."""
+    """One plugin. Called from several threads.
+
+    Attributes:
+        methods: of HTTP.
+        needs_resource_policy: that evidence is accepted is not enough: a policy has to say who may have what.
+    """
 
     methods: frozenset[str]
+    needs_resource_policy: bool
 
     def policy(self, tenant: str, request: Request) -> str | None:
         """Id of the policy that what is asked for is released by; ``None`` for the tenant's default.

@@ -15,6 +15,7 @@ class KvPlugin:
     """See :class:`inclavare.verdict.plugins.Plugin`."""
 
     methods = frozenset({"GET"})
+    needs_resource_policy = False
 
     def __init__(self, store: Store) -> None:
         self._store = store
