@@ -548,7 +548,8 @@ def _entry(value: Any, where: str) -> tuple[tuple[str, ...], dict[str, str | int
             _malformed(f"{where}.claims has the unknown claim {name}", None, ", ".join([*lengths, *numbers]))
     if not checked.keys() & set(identity.IDENTIFYING[kind]):
         _malformed(f"{where}.claims says not what runs", ", ".join(checked), " or ".join(identity.IDENTIFYING[kind]))
-    return tuple(tees), checked
+    # In the order of importance, which denials keep.
+    return tuple(tees), {name: checked[name] for name in (*lengths, *numbers) if name in checked}
 
 
 def _checked(where: str, value: Any, convert: Callable[[Any], Any]) -> Any:

@@ -294,7 +294,7 @@ def check(policy: str, kind: Kind, *, engine: RegoEngine | None = None) -> None:
         raise RegoError(
             "the policy is in another package than the one that is looked at",
             id="policy.rego.package",
-            found=f"package {name}",
+            found="no package" if name is None else f"package {name}",
             expected="package policy",
         )
     if not rego_text.defines(policy, rule):
@@ -527,10 +527,19 @@ _SHOWN = 400
 
 
 def _check_size(policy: str) -> None:
-    size = len(policy.encode())
+    size = len(policy.encode(errors="replace"))
     if size > MAX_POLICY:
         raise RegoError(
             "the policy is too large", id="policy.rego.size", found=f"{size} bytes", expected=f"at most {MAX_POLICY}"
+        )
+    if "\0" in policy:
+        # The engine would read the policy up to there.
+        position = _position(policy, len(policy[: policy.index("\0")].encode(errors="replace")))
+        raise RegoError(
+            f"the policy cannot be compiled{position}",
+            id="policy.rego.syntax",
+            found="a NUL character",
+            expected="text",
         )
 
 
@@ -570,6 +579,8 @@ def _error(policy: str, kind: str, text: str, limit: int) -> RegoError:
             found=f"{text} bytes and more",
             expected=f"at most {limit}",
         )
+    if kind == "unicode":
+        return RegoError("there is text that is not Unicode", id="policy.rego.input", found="an unpaired surrogate")
     if kind == "depth":
         return RegoError("the policy is nested too deeply", id="policy.rego.syntax", found="over 900 levels")
     message = _MESSAGE.search(text)
@@ -583,7 +594,7 @@ def _error(policy: str, kind: str, text: str, limit: int) -> RegoError:
         where = _position(policy, int(at["at"]))
     elif not conflict and (named := _NAMED.search(said)):
         offset = re.search(rf"\b{re.escape(named[1])}\b", rego_text.plain(policy))
-        where = _position(policy, len(policy[: offset.start()].encode())) if offset else ""
+        where = _position(policy, len(policy[: offset.start()].encode(errors="replace"))) if offset else ""
     static = kind == "syntax" or said.startswith(("Function not found", "Recursion detected"))
     return RegoError(
         f"the policy cannot be {'compiled' if static else 'evaluated'}{where}",
@@ -595,6 +606,6 @@ def _error(policy: str, kind: str, text: str, limit: int) -> RegoError:
 
 
 def _position(policy: str, offset: int) -> str:
-    before = policy.encode()[:offset].decode(errors="replace")
+    before = policy.encode(errors="replace")[:offset].decode(errors="replace")
     line = before.count("\n") + 1
     return f" at line {line}, column {len(before) - before.rfind(chr(10))}"

@@ -56,7 +56,8 @@ def rules(text: str) -> Iterator[tuple[str, str]]:
             if head and head[1] not in _KEYWORDS:
                 starts.append((head[1], position))
         depth += (char in "{[(") - (char in "}])")
-    for (name, start), end in zip(starts, [*(start for _, start in starts[1:]), len(code)], strict=True):
+    ends = [start for _, start in starts[1:]] + [len(code)]
+    for (name, start), end in zip(starts, ends, strict=False):
         yield name, code[start:end]
 
 

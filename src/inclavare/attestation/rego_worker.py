@@ -11,6 +11,7 @@ absent, or ``{"error": kind, "text": …}``.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -45,7 +46,7 @@ class _Evaluator:
         try:
             bundle = self._bundle(request)
             interpreter = self._interpreter()
-            interpreter.set_input(request["input"])
+            interpreter.set_input(_engine_form(request["input"]))
             return {"values": self._values(interpreter, bundle, request)}
         except _Refused as error:
             return {"error": error.args[0], "text": error.args[1]}
@@ -53,6 +54,8 @@ class _Evaluator:
             return {"error": "syntax", "text": str(error)}
         except RecursionError:
             return {"error": "depth", "text": ""}
+        except UnicodeEncodeError:
+            return {"error": "unicode", "text": ""}
 
     def _bundle(self, request: dict[str, Any]) -> Any:
         key = json.dumps([request["modules"], request["data"], request["queries"]])
@@ -62,7 +65,7 @@ class _Evaluator:
         interpreter = self._interpreter()
         for name, text in request["modules"]:
             interpreter.add_module(name, text)
-        interpreter.add_data(request["data"])
+        interpreter.add_data_json(json.dumps(request["data"], ensure_ascii=False))
         bundle = interpreter.build(None, [_entrypoint(query) for query in request["queries"]])
         if not bundle.ok():
             raise _Refused("syntax", "the policy does not compile")
@@ -78,21 +81,55 @@ class _Evaluator:
             output = self._shared.rego_bundle_query_entrypoint(interpreter._impl, bundle._impl, _entrypoint(query))
             try:
                 text = self._shared.rego_output_string(output)
-                good = self._shared.rego_output_ok(output)
+                left -= len(text)
+                if left < 0:
+                    raise _Refused("output", str(len(text)))
+                if text == "undefined":
+                    continue
+                if not self._shared.rego_output_ok(output) or not text.startswith('{"expressions":['):
+                    raise _Refused("evaluation", f"{query}: {text[:500]}")
+                # Not from the text: the engine prints what base64.decode and others give without escaping it.
+                expressions = self._shared.rego_output_expressions_at_index(output, 0)
+                values[query] = self._value(self._shared.rego_node_get(expressions, 0))
             finally:
                 self._shared.rego_free_output(output)
-            left -= len(text)
-            if left < 0:
-                raise _Refused("output", str(len(text)))
-            if text == "undefined":
-                continue
-            try:
-                if not good:
-                    raise ValueError
-                values[query] = json.loads(text)["expressions"][0]
-            except (ValueError, KeyError, IndexError, TypeError):
-                raise _Refused("evaluation", f"{query}: {text[:500]}") from None
         return values
+
+    def _value(self, node: Any) -> Any:
+        shared = self._shared
+        kind = shared.rego_node_type(node).name
+        if kind in ("Term", "Scalar"):
+            return self._value(shared.rego_node_get(node, 0))
+        if kind in ("Object", "Array", "Set"):
+            children = [shared.rego_node_get(node, index) for index in range(shared.rego_node_size(node))]
+            if kind != "Object":
+                return [self._value(child) for child in children]
+            return {
+                str(self._value(shared.rego_node_get(item, 0))): self._value(shared.rego_node_get(item, 1))
+                for item in children
+            }
+        text = shared.rego_node_value(node)
+        if kind == "String":
+            # Some functions' results are kept with the quotation marks around them.
+            quoted = len(text) > 1 and text[0] == text[-1] == '"'
+            with contextlib.suppress(ValueError):
+                return json.loads(text if quoted else f'"{text}"')
+            return text
+        return json.loads(text)
+
+
+def _engine_form(value: Any) -> Any:
+    """A value as the engine keeps it: its strings are JSON's, escapes included. It takes and prints them unchanged, so
+    that a quotation mark in a claim would otherwise write parts of the result."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)[1:-1]
+    if isinstance(value, dict):
+        return {_engine_form(name): _engine_form(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_engine_form(item) for item in value]
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        return float(value)
+    return value
 
 
 def _entrypoint(query: str) -> str:
