@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 from attested import Attested
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from inclavare.attestation import Policy
+from inclavare.attestation.claims import SnpTcb
 from inclavare.errors import UsageError
 
 FULL = """
@@ -98,3 +101,96 @@ def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         Policy.load(tmp_path / "none.toml")
     assert caught.value.id == "policy.file.unreadable"
+
+
+TABLES = """
+image = "registry.example/app"
+reference_values = ["{bundle}", "other/image"]
+
+[tdx]
+mr_td = ["{long}"]
+rtmr_1 = ["{long}", "{longer}"]
+xfam = ["e702060000000000"]
+migratable = "allow"
+
+[snp]
+measurement = ["{long}"]
+host_data = ["{short}"]
+min_tcb = {{bootloader = 4, tee = 0, snp = 24, microcode = 219, fmc = 1}}
+min_guest_svn = 2
+vmpl = [0, 1]
+migrate_ma = "allow"
+smt = "deny"
+"""
+
+
+def test_every_key_of_the_tables() -> None:
+    text = TABLES.format(bundle="12" * 32, long="AA" * 48, longer="bb" * 48, short="cc" * 32)
+    policy = Policy.parse(text)
+    assert policy.named_references == ("registry.example/app", "12" * 32, "other/image")
+    assert policy.accepted("tdx") == {
+        "mr_td": ("aa" * 48,),
+        "rtmr_1": ("aa" * 48, "bb" * 48),
+        "xfam": ("e702060000000000",),
+    }
+    assert policy.tdx.allow_migratable
+    assert policy.accepted("snp") == {"measurement": ("aa" * 48,), "host_data": ("cc" * 32,)}
+    assert policy.snp.min_tcb == SnpTcb(4, 0, 24, 219, 1)
+    assert (policy.snp.min_guest_svn, policy.snp.vmpl) == (2, (0, 1))
+    assert policy.snp.allow_migrate_ma and not policy.snp.allow_smt
+    assert policy.identities("tdx") == ("mr_td",) and policy.identities("snp") == ("measurement",)
+    assert policy.identities("sgx") == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "id", "mentions"),
+    [
+        ("image = 1", "policy.key.value", "image"),
+        ('image = ""', "policy.key.value", "image"),
+        ("reference_values = []", "policy.key.value", "reference_values"),
+        ('reference_values = "x"', "policy.key.value", "reference_values"),
+        ('tdx = "x"', "policy.key.value", "tdx"),
+        ("[tdx]\nmrtd = []", "policy.key.unknown", "tdx.mrtd"),
+        ("[tdx]\nmr_td = []", "policy.key.value", "tdx.mr_td"),
+        (f'[tdx]\nmr_td = ["{"aa" * 32}"]', "policy.key.value", "tdx.mr_td"),
+        (f'[tdx]\nrtmr_0 = "{"aa" * 48}"', "policy.key.value", "tdx.rtmr_0"),
+        ("[tdx]\nmigratable = true", "policy.key.value", "tdx.migratable"),
+        ("[snp]\nmeasurement = [1]", "policy.key.value", "snp.measurement"),
+        ("[snp]\nmin_tcb = 4", "policy.key.value", "snp.min_tcb"),
+        ("[snp]\nmin_tcb = {bootloader = 4}", "policy.key.value", "snp.min_tcb"),
+        (
+            "[snp]\nmin_tcb = {bootloader = 4, tee = 0, snp = 24, microcode = 256}",
+            "policy.key.value",
+            "snp.min_tcb",
+        ),
+        (
+            "[snp]\nmin_tcb = {bootloader = 4, tee = 0, snp = 24, microcode = 1, uefi = 1}",
+            "policy.key.value",
+            "snp.min_tcb",
+        ),
+        ("[snp]\nvmpl = []", "policy.key.value", "snp.vmpl"),
+        ("[snp]\nvmpl = [4]", "policy.key.value", "snp.vmpl"),
+        ("[snp]\nmin_guest_svn = -1", "policy.key.value", "snp.min_guest_svn"),
+        ("[snp]\nsmt = 1", "policy.key.value", "snp.smt"),
+        ("[sev]\na = 1", "policy.key.unknown", "sev"),
+    ],
+)
+def test_tables_are_refused_by_name(text: str, id: str, mentions: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Policy.parse(text, "my-policy.toml")
+    assert caught.value.id == id and mentions in caught.value.message and "my-policy.toml" in caught.value.message
+    assert caught.value.expected
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text(max_size=200)
+    | st.sampled_from([FULL, TABLES]).flatmap(lambda text: st.permutations(text.split("\n")).map("\n".join))
+)
+def test_any_text_is_a_policy_or_refused(text: str) -> None:
+    try:
+        policy = Policy.parse(text)
+    except UsageError as error:
+        assert error.id.startswith("policy.")
+    else:
+        assert isinstance(policy, Policy)
