@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import tracemalloc
 from collections.abc import Callable
 
@@ -225,3 +226,45 @@ def _written() -> MemoryEncryption:
 
 def _rewrite(engine: MemoryEncryption, page: int) -> None:
     engine.write(page, page_of(b"again"))
+
+
+def test_threads_do_not_take_each_other_for_attackers() -> None:
+    engine = MemoryEncryption(64)
+    wrong: list[object] = []
+
+    def work(mine: int) -> None:
+        try:
+            for turn in range(150):
+                for page in range(mine, 64, 8):
+                    engine.write(page, bytes([turn % 251 + 1]) * PAGE_SIZE)
+                    if engine.read(page) != bytes([turn % 251 + 1]) * PAGE_SIZE:
+                        wrong.append(page)
+                if turn % 7 == 0:
+                    engine.discard(mine)
+        except Exception as error:
+            wrong.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert wrong == [] and not engine.locked
+
+
+def test_tags_are_made_with_a_key_of_the_session() -> None:
+    """Who knows everything about a page but the key cannot make its tag, nor that of a node."""
+    engines = [MemoryEncryption(64), MemoryEncryption(64)]
+    for engine in engines:
+        engine._stream_key = bytes(32)
+        engine.write(3, b"x" * PAGE_SIZE)
+    one, other = (engine.store for engine in engines)
+    assert one.pages == other.pages
+    assert one.tags[3] != other.tags[3] and len(one.tags[3]) == 16
+    assert one.nodes.keys() == other.nodes.keys()
+    assert all(one.nodes[key][:-8] == other.nodes[key][:-8] and one.nodes[key] != other.nodes[key] for key in one.nodes)

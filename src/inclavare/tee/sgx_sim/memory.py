@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import threading
 from dataclasses import dataclass, field
 
 from ...errors import IntegrityError
@@ -67,6 +68,8 @@ class MemoryEncryption:
         self.pages = pages
         self.store = Store()
         self.locked = False
+        # Threads of one session share the counters: an access that sees another's half would take it for an attack.
+        self._access = threading.Lock()
         self._stream_key = os.urandom(32)
         self._mac_key = os.urandom(32)
         self._levels = 1
@@ -83,12 +86,13 @@ class MemoryEncryption:
         """
         if len(data) != PAGE_SIZE:
             raise ValueError(f"{len(data)} bytes, not {PAGE_SIZE}")
-        nodes, version = self._verified(page)
-        version = version + 1 | 1
-        ciphertext = self._mix(page, version, data)
-        self.store.pages[page] = ciphertext
-        self.store.tags[page] = self._page_tag(page, version, ciphertext)
-        self._advance(page, nodes, version)
+        with self._access:
+            nodes, version = self._verified(page)
+            version = version + 1 | 1
+            ciphertext = self._mix(page, version, data)
+            self.store.pages[page] = ciphertext
+            self.store.tags[page] = self._page_tag(page, version, ciphertext)
+            self._advance(page, nodes, version)
 
     def read(self, page: int) -> bytes:
         """The 4096 bytes of EPC page number ``page``.
@@ -98,13 +102,14 @@ class MemoryEncryption:
                 it happened before.
             ValueError: no such page.
         """
-        _, version = self._verified(page)
-        if not _holds_data(version):
-            return ZERO_PAGE
-        ciphertext = self.store.pages.get(page, b"")
-        if not hmac.compare_digest(self._page_tag(page, version, ciphertext), self.store.tags.get(page, b"")):
-            raise self._lock(page)
-        return self._mix(page, version, ciphertext)
+        with self._access:
+            _, version = self._verified(page)
+            if not _holds_data(version):
+                return ZERO_PAGE
+            ciphertext = self.store.pages.get(page, b"")
+            if not hmac.compare_digest(self._page_tag(page, version, ciphertext), self.store.tags.get(page, b"")):
+                raise self._lock(page)
+            return self._mix(page, version, ciphertext)
 
     def discard(self, page: int) -> None:
         """Forget a page: its room is given back, and its old contents cannot return.
@@ -113,11 +118,12 @@ class MemoryEncryption:
             IntegrityError: as for :meth:`write`.
             ValueError: no such page.
         """
-        nodes, version = self._verified(page)
-        if _holds_data(version):
-            self._advance(page, nodes, version + 1)
-        self.store.pages.pop(page, None)
-        self.store.tags.pop(page, None)
+        with self._access:
+            nodes, version = self._verified(page)
+            if _holds_data(version):
+                self._advance(page, nodes, version + 1)
+            self.store.pages.pop(page, None)
+            self.store.tags.pop(page, None)
 
     def _verified(self, page: int) -> tuple[list[bytes], int]:
         """The nodes above a page, the topmost first, and its version."""
