@@ -42,7 +42,7 @@ from ..attestation.collateral import (
 )
 from ..attestation.ear import EVIDENCE, SUBMODULE, EarIssuer, EarKey, EarVerifier, tee_public_key
 from ..attestation.rego import ResourceDecision, resource_policy
-from ..errors import AppraisalError, EvidenceError, InclavareError
+from ..errors import AppraisalError, EvidenceError, InclavareError, PlatformError
 from . import metrics
 from .jwe import TeeKey
 from .plugins import Plugin, Plugins, Request, Workload
@@ -112,7 +112,7 @@ class Denied(AppraisalError):
         self.decision = decision
 
 
-class PluginFailed(InclavareError):
+class PluginFailed(PlatformError):
     """The policy allows it, but the plugin fails."""
 
 
