@@ -326,7 +326,7 @@ def _read(handle: IO[bytes], master: MasterKey) -> tuple[dict[str, Any], Iterato
     encoded = handle.read(size) if size <= _MAX_HEADER else b""
     try:
         header = msgspec.json.decode(encoded, type=_Header)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise _no_backup(f"a header that is none ({type(error).__name__})") from None
     if header.format != _VERSION:
         raise SchemaMismatch("the backup is of a newer version", id="verdict.store.schema.newer",
