@@ -378,3 +378,16 @@ def test_a_version_slot_for_every_page(signers: Signers) -> None:
     assert (len(enclave.va_pages), len(enclave.slots)) == (2, 1024)
     assert len(set(enclave.slots)) == 1024
     node.accounts()
+
+
+def test_page_tables_follow_secinfo(node: Node) -> None:
+    """Code cannot be written, data cannot be executed; a TCS is written by the processor; EAUG's pages may become anything."""
+    enclave = node.load()
+    linear = BASE + enclave.size - PAGE_SIZE
+    node.driver.augment(enclave, linear)
+    expected = {0: (False, True), 1: (True, False), 2: (True, False), 3: (True, False)}
+    for number, permissions in expected.items():
+        found = node.space.lookup(BASE + number * PAGE_SIZE)
+        assert found is not None and (found.writable, found.executable) == permissions
+    augmented = node.space.lookup(linear)
+    assert augmented is not None and augmented.writable and augmented.executable
