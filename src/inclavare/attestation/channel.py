@@ -93,6 +93,10 @@ class EnclaveChannel:
             "y": str(public["y"]),
         }
 
+    def private_pem(self) -> bytes:
+        """The private key, PKCS #8 in PEM: for an application of this enclave that speaks the protocol itself."""
+        return self._key.as_pem(private=True)
+
     def decrypt(self, jwe: dict[str, Any]) -> bytes:
         """Open a flattened JWE that was made for this key.
 
