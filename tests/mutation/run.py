@@ -21,10 +21,26 @@ SOURCE = "src/inclavare"
 #: Rules and the tests that name them: sources below src/inclavare, tests below tests.
 GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "keys": (("sgx/keys.py",), ("unit/sgx/test_keys.py",)),
+    "tokens": (("sgx/tokens.py",), ("unit/sgx/test_tokens.py",)),
     "sigstruct": (("sgx/sigstruct.py",), ("unit/sgx/test_sigstruct.py",)),
+    "sealing": (("sgx/sealing.py",), ("unit/sgx/test_sealing.py",)),
     "report": (("sgx/report.py",), ("unit/tee/test_sgx_sim_processor.py", "unit/tee/test_sgx_sim_quoting.py")),
     "container-processor": (("tee/sgx_sim/cpu.py",), ("unit/tee/test_sgx_sim_processor.py",)),
     "memory": (("tee/sgx_sim/memory.py",), ("unit/tee/test_sgx_sim_memory.py",)),
+    "processor-build": (
+        tuple(f"tee/sgx_sim/processor/{name}.py" for name in ("rules", "secs", "encls_build", "encls_debug")),
+        ("unit/tee/processor",),
+    ),
+    "processor-paging": (
+        tuple(f"tee/sgx_sim/processor/{name}.py" for name in ("encls_paging", "encls_edmm", "enclu_edmm")),
+        ("unit/tee/processor",),
+    ),
+    "processor-flow": (
+        tuple(
+            f"tee/sgx_sim/processor/{name}.py" for name in ("enclu_flow", "enclu_identity", "aex", "access", "logical")
+        ),
+        ("unit/tee/processor",),
+    ),
 }
 
 
