@@ -67,7 +67,8 @@
     jwks_uri = ""                      # default: by discovery
     ca_file = ""
     [[auth.certificates]]              # TLS client certificates of tls.client_ca
-    subject = "CN=alice,O=Example"     # RFC 4514
+    subject = "CN=alice,O=Example"     # RFC 4514; or
+    san = ""                           # "DNS:…", "URI:…", "email:…" of the certificate; both, if both are given
     tenant = "default"
     role = "admin"
 
@@ -211,9 +212,10 @@ class OidcRule(_Table, frozen=True):
 
 
 class CertificateRule(_Table, frozen=True):
-    subject: str
     tenant: str
     role: Role
+    subject: str = ""
+    san: str = ""
 
 
 class Auth(_Table, frozen=True):
@@ -373,6 +375,10 @@ class VerdictConfig(_Table, frozen=True):
             refuse(("master_key", "vault"), "not complete", "url, key and token_file")
         if self.auth.certificates and not self.tls.client_ca:
             refuse(("auth", "certificates"), "no tls.client_ca", "the authority of these certificates")
+        if any(not (rule.subject or rule.san) for rule in self.auth.certificates):
+            refuse(("auth", "certificates"), "one that names nobody", "subject, san or both")
+        if any(not rule.issuer.startswith("https://") for rule in self.auth.oidc):
+            refuse(("auth", "oidc"), "another issuer", "https://…")
         for at, source in enumerate(self.collateral.sources):
             if not re.fullmatch(r"intel|amd|platform|file:/.+|https://.+", source):
                 refuse(

@@ -30,16 +30,26 @@ class Policies:
         self._database = database
         self._keyring = keyring
 
-    def put(self, tenant: str, id: str, kind: PolicyKind, text: str, *, author: str = "system") -> PolicyVersion:
+    def put(
+        self,
+        tenant: str,
+        id: str,
+        kind: PolicyKind,
+        text: str,
+        *,
+        author: str = "system",
+        expected: int | None = None,
+    ) -> PolicyVersion:
         """Store a text as the newest version of a policy, which is in force from now on.
 
         Args:
             text: at most 1 MiB in UTF-8.
+            expected: the version that it follows, 0 for none; by default whatever there is.
 
         Raises:
             Invalid: not an id, a kind or a text.
             NotFound: no such tenant.
-            Conflict: the policy is of another kind.
+            Conflict: the policy is of another kind; ``verdict.store.policy.changed``: another version is in force.
             QuotaExceeded: too many policies, or bytes.
         """
         names.identifier(id, "policy")
@@ -54,7 +64,7 @@ class Policies:
         if b"\0" in encoded:
             raise Invalid("the policy is not text", id="verdict.store.policy.text", expected="UTF-8 without NUL")
         names.size(encoded, "policy", names.MAX_POLICY)
-        return self._add(tenant, id, kind, text, author, None)
+        return self._add(tenant, id, kind, text, author, None, expected)
 
     def get(self, tenant: str, id: str, version: int | None = None) -> PolicyVersion:
         """A policy; the version in force, or this one.
@@ -165,7 +175,14 @@ class Policies:
     # --- inside
 
     def _add(
-        self, tenant: str, id: str, kind: PolicyKind, text: str, author: str, restored_from: int | None
+        self,
+        tenant: str,
+        id: str,
+        kind: PolicyKind,
+        text: str,
+        author: str,
+        restored_from: int | None,
+        expected: int | None = None,
     ) -> PolicyVersion:
         size, digest, created = len(text.encode()), sha256(text.encode()).hexdigest(), self._database.now()
 
@@ -176,6 +193,11 @@ class Policies:
             if row is not None and row.kind != kind:
                 raise Conflict(f"the policy {id} is of another kind", id="verdict.store.policy.kind", found=row.kind,
                                expected=kind, remedy="choose another id")  # fmt: skip
+            there = 0 if row is None else row.version
+            if expected not in (None, there):
+                raise Conflict(f"the policy {id} was changed meanwhile", id="verdict.store.policy.changed",
+                               found=f"version {there}", expected=f"version {expected}",
+                               remedy="read it again, and decide again")  # fmt: skip
             charge(connection, owner, policies=int(row is None), bytes=size)
             version = 1 if row is None else row.version + 1
             is_default = 0 if row is None else row.is_default
