@@ -56,6 +56,9 @@ url, key_file, *arguments = sys.argv[1:]
 def die():
     sys.stdout.flush()
     os.kill(os.getpid(), signal.SIGKILL)
+def ready():
+    print("ready", flush=True)
+    sys.stdin.readline()
 store = Store.open(url, FileKey.load(Path(key_file)))
 """
 
@@ -64,7 +67,18 @@ def replica(url: str, key_file: Path, script: str, *arguments: str) -> subproces
     """Another process that opened the store and runs a script; ``die()`` in it is ``kill -9``."""
     source = PRELUDE + textwrap.dedent(script)
     command = [sys.executable, "-c", source, url, str(key_file), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def start(*replicas: subprocess.Popen[str]) -> None:
+    """Let replicas go on that came to ``ready()`` in their script."""
+    for process in replicas:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    # They wrote nothing since, which the pipe's reader here could have taken and lost.
+    for process in replicas:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
 
 
 def killed(process: subprocess.Popen[str]) -> str:

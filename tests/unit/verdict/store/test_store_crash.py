@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from store_cases import ALICE, BOB, done, killed, refused, replica
+from store_cases import ALICE, BOB, done, killed, refused, replica, start
 
 from inclavare.verdict.store import Consumed, Store
 
@@ -65,14 +65,13 @@ def test_killed_at_any_time_under_load(open_store: Callable[[], Store], store: S
             with lock:
                 print(value, flush=True)
     threads = [threading.Thread(target=go, args=(names[n::4],)) for n in range(4)]
-    print("ready", flush=True)
+    ready()
     for thread in threads: thread.start()
     for thread in threads: thread.join()
     """
     holders = [f"{number:02x}" * 32 for number in range(1, 5)]
     processes = {holder: replica(url, key_file, script, holder) for holder in holders}
-    for process in processes.values():
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    start(*processes.values())
     random.seed(4)
     for holder in holders[:3]:
         time.sleep(random.uniform(0.05, 0.25))
@@ -108,12 +107,11 @@ def test_killed_while_it_appends_to_the_audit_trail(store: Store, url: str, key_
             entry = store.audit.append(("acme", "zeta")[step % 2], f"replica {arguments[0]}", "a.b.c", "done", {"n": n, "step": step})
             with lock:
                 print(entry.chain, entry.seq, entry.hash.hex(), flush=True)
-    print("ready", flush=True)
+    ready()
     for n in range(3): threading.Thread(target=go, args=(n,)).start()
     """
     processes = [replica(url, key_file, script, str(number)) for number in range(3)]
-    for process in processes:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    start(*processes)
     time.sleep(0.6)
     lines: list[str] = []
     for process in processes:
