@@ -325,9 +325,10 @@ class RegoPolicy:
         """The result for authentic claims. A policy that cannot be evaluated refuses, and says why."""
         input = annotated_evidence(claims, context)
         answers, sources = (references or References()).rego_data(claims.tee, claims.verified_at)
+        asked = {name: query for name, query in _ALLOWANCES.items() if getattr(claims, name)}
         try:
             values = (self.engine or default_engine()).evaluate_all(
-                self.text, input, {"reference": answers}, (TRUST_CLAIMS, EXTENSIONS, *_ALLOWANCES.values())
+                self.text, input, {"reference": answers}, (TRUST_CLAIMS, EXTENSIONS, *asked.values())
             )
             trust = _trust(values.get(TRUST_CLAIMS, {}))
             extensions = _extensions(values.get(EXTENSIONS, []))
@@ -342,8 +343,8 @@ class RegoPolicy:
                 "false",
                 f"the policy does not allow it by name: for development, say allow_{name} := true in it",
             )
-            for name, query in _ALLOWANCES.items()
-            if getattr(claims, name) and values.get(query) is not True
+            for name, query in asked.items()
+            if values.get(query) is not True
         ]
         failures += self._not_affirming(trust, input, answers, sources)
         used = {bundle for key in rego_text.reference_keys(self.text) for bundle in sources.get(key, ())}
@@ -487,12 +488,17 @@ def _trust(value: Any) -> TrustVector:
         ) from None
 
 
+#: What the token says itself, in an appraisal.
+_OWN_NAMES = frozenset({"ear.status", "ear.trustworthiness-vector", "ear.appraisal-policy-id"})
+
+
 def _extensions(value: Any) -> tuple[dict[str, Any], ...]:
     good = isinstance(value, list) and all(
         isinstance(one, dict)
         and set(one) == {"name", "key", "value"}
         and isinstance(one["name"], str)
-        and not one["name"].startswith(("ear.status", "ear.trust", "ear.appraisal", "ear.veraison"))
+        and one["name"] not in _OWN_NAMES
+        and not one["name"].startswith("ear.veraison.")
         and isinstance(one["key"], int)
         and not isinstance(one["key"], bool)
         and -(1 << 31) <= one["key"] < 1 << 31

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 _TOKEN = re.compile(r'"(?:\\.|[^"\\\n])*"|`[^`]*`|#[^\n]*', re.DOTALL)
@@ -66,6 +67,7 @@ def defines(text: str, rule: str) -> bool:
     return any(name == rule for name, _ in rules(text))
 
 
+@lru_cache(maxsize=64)
 def reference_keys(text: str) -> tuple[str, ...]:
     """Names of the reference values that a text asks for."""
     return tuple(dict.fromkeys(_KEY.findall(plain(text))))

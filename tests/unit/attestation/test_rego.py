@@ -95,7 +95,7 @@ firmware_new_enough if {
 \tinput.snp.reported_tcb_microcode in query_reference_value("snp_microcode")
 }
 
-extensions := [{"name": "example.images", "key": -18, "value": {"found": images}}]
+extensions := [{"name": "ear.trustee.identifiers", "key": -18, "value": {"found": images}}]
 
 images := [image | image := input.init_data_claims.agent_policy_claims.images[_]]
 """
@@ -138,7 +138,7 @@ class TestAttestation:
         assert result.accepted and result.failures == ()
         assert result.trust == TrustVector(executables=3, hardware=2, configuration=2)
         assert result.references == (sgx_references.bundles[0].id,)
-        assert result.extensions == ({"name": "example.images", "key": -18, "value": {"found": []}},)
+        assert result.extensions == ({"name": "ear.trustee.identifiers", "key": -18, "value": {"found": []}},)
 
     def test_each_claim_that_is_not_affirming_is_explained(self, engine: Regopy, sgx_references: References) -> None:
         claims = made_claims.sgx(mrenclave="01" * 32, tcb_status="OutOfDate")
@@ -217,6 +217,10 @@ class TestAttestation:
             ('trust_claims := {"hardware": 2}\nextensions := {}', "policy.rego.extensions"),
             (
                 'trust_claims := {"hardware": 2}\nextensions := [{"name": "ear.status", "key": 1, "value": 1}]',
+                "policy.rego.extensions",
+            ),
+            (
+                'trust_claims := {"hardware": 2}\nextensions := [{"name": "ear.veraison.x", "key": 1, "value": 1}]',
                 "policy.rego.extensions",
             ),
             (
