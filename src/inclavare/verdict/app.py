@@ -193,7 +193,7 @@ def _part(name: str, store: Store, config: VerdictConfig) -> Asgi | None:
     try:
         found: Asgi = import_module(f".{name}", __package__).router(store, config)
     except ModuleNotFoundError as error:
-        if error.name != f"{__package__}.{name}":
+        if not str(error.name).startswith(f"{__package__}.{name}"):
             raise
         return None
     return found

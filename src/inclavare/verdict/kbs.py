@@ -40,7 +40,8 @@ from .http import Answer, Receive, Scope
 from .jwe import TeeKey
 from .limits import Gate, Rate
 from .plugins import Request as ResourceRequest
-from .store.errors import Consumed, NotFound, Unavailable
+from .store import names
+from .store.errors import Consumed, Invalid, NotFound, Unavailable
 from .telemetry import event, span
 
 if TYPE_CHECKING:
@@ -56,10 +57,11 @@ HASH = "sha384"
 _ERRORS = "https://github.com/confidential-containers/kbs/errors/"
 #: Names that the protocol has, and for which there is no verifier here.
 _UNSUPPORTED = frozenset(
-    {
-        "az-snp-vtpm", "az-tdx-vtpm", "cca", "csv", "hygondcu", "nvidia", "sample", "sampledevice", "se", "tpm",
-    }
-)  # fmt: skip
+    (
+        *("az-snp-vtpm", "az-tdx-vtpm", "cca", "csv", "hygondcu", "nvidia", "nvidia-dpu", "nvidiadpu", "sample"),
+        *("sampledevice", "se", "tpm"),
+    )
+)
 _ADMINISTRATION = frozenset({"attestation-policy", "resource-policy", "reference-value"})
 _QUOTA_SECONDS = 5.0
 
@@ -261,8 +263,9 @@ class Kbs:
         since, quota = self._quotas.get(tenant, (-math.inf, 0))
         if now - since > _QUOTA_SECONDS:
             try:
+                names.tenant(tenant)
                 found = await self._blocking(lambda: self._store.tenants.get(tenant))
-            except NotFound:
+            except (Invalid, NotFound):
                 raise Refusal("InvalidRequestPath", f"Request path /t/{tenant[:63]} is invalid", 404) from None
             quota = found.quotas.requests
             self._quotas[tenant] = (now, quota)

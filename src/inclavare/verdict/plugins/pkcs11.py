@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -72,6 +73,8 @@ class Pkcs11Plugin:
             if path[0] not in self._config.wrapping_keys:
                 raise NotFound("not a key that this plugin may use", id="verdict.plugin.pkcs11.unknown")
             wrapped = _decoded(request.query.get("wrapped", "")) if request.method == "GET" else request.body
+            if not wrapped:
+                raise Invalid("there is nothing to unwrap", id="verdict.plugin.pkcs11.wrapped")
             return self._guarded(lambda session: self._unwrap(session, path[0], wrapped))
         raise NotFound("the module is not asked for this", id="verdict.plugin.pkcs11.unknown")
 
@@ -99,6 +102,8 @@ class Pkcs11Plugin:
             pkcs11.exceptions.EncryptedDataInvalid,
             pkcs11.exceptions.EncryptedDataLenRange,
             pkcs11.exceptions.ArgumentsBad,
+            pkcs11.exceptions.GeneralError,  # SoftHSM's for a padding that is wrong
+            pkcs11.exceptions.FunctionFailed,
         ):
             raise Invalid("the module cannot decrypt this", id="verdict.plugin.pkcs11.wrapped") from None
         return Answer(bytes(value), {"key": label})
@@ -117,6 +122,10 @@ class Pkcs11Plugin:
                 except pkcs11.exceptions.NoSuchKey:
                     raise NotFound("the module has no such key", id="verdict.plugin.pkcs11.unknown") from None
                 except (pkcs11.exceptions.PKCS11Error, RuntimeError) as error:
+                    # As long as it is open, this process is logged in and cannot do so again.
+                    if self._session is not None:
+                        with contextlib.suppress(pkcs11.exceptions.PKCS11Error, RuntimeError):
+                            self._session.close()
                     self._session = None
                     if attempt == 2:
                         raise Unavailable(
@@ -131,7 +140,11 @@ class Pkcs11Plugin:
         import pkcs11
 
         pin = read_private(Path(self._config.pin_file), "verdict.plugin.pkcs11.pin").decode("utf-8", "replace").strip()
-        return pkcs11.lib(self._config.module).get_token(token_label=self._config.token_label).open(user_pin=pin)
+        token = pkcs11.lib(self._config.module).get_token(token_label=self._config.token_label)
+        try:
+            return token.open(user_pin=pin)
+        except pkcs11.exceptions.UserAlreadyLoggedIn:
+            return token.open()  # another plugin with the same token has
 
 
 def create(name: str, table: dict[str, Any], config: VerdictConfig, store: Store) -> Pkcs11Plugin:
