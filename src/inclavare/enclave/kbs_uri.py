@@ -47,6 +47,6 @@ class Resource(NamedTuple):
 
     @property
     def name(self) -> str:
-        """A file name: ``repository%2Ftype%2Ftag``. It has a ``%``, so it is never the name of what was released by hand."""
+        """A file name, ``repository%2Ftype%2Ftag``; the ``%`` tells it from the names of what was released by hand."""
         text = "/".join(self.path) + (f"?{self.query}" if self.query else "")
         return quote(text if self.plugin == "resource" else f"kbs+{self.plugin}:/{text}", safe="")

@@ -389,7 +389,8 @@ def follow_links(tree: Tree, path: str) -> str:
 def _admit_mounts(mounts: list[dict[str, Any]], manifest: Manifest, resolve: Callable[[str], str]) -> None:
     """Check the mounts, and write each destination as it was checked, so that nobody reads it in another way."""
     encrypted = {resolve(entry.path): entry.path for entry in manifest.files.encrypted}
-    protected = {_ATTESTATION, *encrypted}
+    secrets = {resolve(secret.path) for secret in manifest.secrets if secret.path}
+    protected = {_ATTESTATION, *encrypted, *secrets}
     foreign: set[str] = set()
     for mount in mounts:
         destination, kind = resolve(_clean(mount["destination"])), _kind(mount)
@@ -398,6 +399,13 @@ def _admit_mounts(mounts: list[dict[str, Any]], manifest: Manifest, resolve: Cal
             raise PolicyError(
                 "a mount of the host would hide /dev/attestation",
                 id="admission.mount.attestation",
+                found=destination,
+                remedy="mount it elsewhere",
+            )
+        if _below(destination, secrets):
+            raise PolicyError(
+                "a mount of the host would take the place of a secret of the manifest",
+                id="admission.mount.secret",
                 found=destination,
                 remedy="mount it elsewhere",
             )

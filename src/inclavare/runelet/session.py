@@ -10,7 +10,7 @@ import signal
 import socket
 import traceback
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..enclave import stored as stored_files
 from ..enclave.manifest import Manifest
@@ -24,6 +24,10 @@ from . import admission
 from .control import ControlServer
 from .job import BUNDLE, CONTROL, MANIFEST, Job, remove_traces, write_meta
 
+if TYPE_CHECKING:
+    from .broker import Broker
+    from .guest_api import GuestApi
+
 
 class Runelet:
     """One enclave and what serves its container."""
@@ -36,6 +40,8 @@ class Runelet:
         self._session: Session | None = None
         self._control: ControlServer | None = None
         self._container: int | None = None
+        self._broker: Broker | None = None
+        self._guest: GuestApi | None = None
         self._violations: set[str] = set()
 
     # --- start
@@ -64,17 +70,23 @@ class Runelet:
             )
         asked = admission.with_absolute_sources(job.config, str(job.bundle))
         config = admission.admit(asked, manifest, resolve=lambda path: admission.follow_links(tree, path))
-        _check_secrets(manifest)
+        wants_broker = _wants_broker(manifest)
+        if wants_broker:
+            from . import broker
+
+            broker.check(manifest)
         kind = runtime(manifest.enclave.runtime)
         kind.check(platform)
         container = Container(job.id, manifest, config, tree, contents, job.places, self._on_violation, self._on_fault)
         prepared = kind.prepare(container)
         try:
             self._enclave = self._load(kind, platform, manifest, tree, stored)
+            if wants_broker and manifest.attestation.verdictd:
+                self._broker = broker.Broker(manifest, broker.EnclaveAttester(self._enclave, platform), self._log)
         except BaseException:
             kind.abandon(prepared)
             raise
-        self._session = kind.start(container, self._enclave, platform, prepared)
+        self._session = kind.start(container, self._enclave, platform, prepared, self._broker)
         self._control = ControlServer(job.directory / CONTROL, job.id, self._enclave, platform, self._session.secrets)
         self._control.start()
         return self._publish(manifest, tee, self._enclave, self._session)
@@ -239,6 +251,9 @@ class Runelet:
     def serve(self) -> str:
         """Until the container ends or a part of the enclave fails; returns why."""
         assert self._session is not None
+        if self._broker is not None:
+            self._broker.keep_fresh(self._session.secrets)
+            self._guest = self._guest_api(self._broker)
         wake, waker = os.pipe()
         signal.signal(signal.SIGTERM, lambda *_: os.write(waker, b"t"))
         poller = select.poll()
@@ -257,11 +272,20 @@ class Runelet:
                         return "guard died"
                     try:
                         self._container = os.pidfd_open(int(message))
+                        if self._guest is not None:
+                            self._guest.start(int(message))
                     except ProcessLookupError:
                         pass  # it has ended already; the guard says so next
                 elif fd in helpers:
                     self._log.event("shield.encrypted.died", level="error", pid=helpers[fd], action="container killed")
                     return "helper died"
+
+    def _guest_api(self, broker: Broker) -> GuestApi:
+        """Confidential Containers' interface; it begins to listen when there is a container."""
+        from .guest_api import GuestApi
+
+        user = (self._job.config["process"].get("user") or {}).get("uid", 0)  # as admitted: the measured one
+        return GuestApi(broker, user=int(user), log=self._log)
 
     def stop(self, why: str) -> None:
         """Take everything back. The container is killed first if it still runs: it must not outlive its enclave."""
@@ -273,6 +297,8 @@ class Runelet:
                 poller.poll(5000)
             except ProcessLookupError:
                 pass
+        if self._broker is not None:
+            self._broker.close()
         if self._control is not None:
             self._control.close()
         if self._session is not None:
@@ -301,14 +327,10 @@ def _harden() -> None:
     os.umask(0o077)
 
 
-def _check_secrets(manifest: Manifest) -> None:
-    for secret in manifest.secrets:
-        if secret.required:
-            raise PlatformError(
-                f"the manifest requires the secret {secret.uri} before the start, and there is no key broker client",
-                id="runelet.secret.unavailable",
-                remedy="set required = false and release it with `inclavare secret get` after the start",
-            )
+def _wants_broker(manifest: Manifest) -> bool:
+    """Whether there is anything to fetch, or an interface to serve; without, none of it is imported."""
+    keys = (volume.key for volume in manifest.files.encrypted)
+    return bool(manifest.secrets or manifest.attestation.verdictd or any(key.startswith("kbs") for key in keys))
 
 
 def _measured_at_first_use(template: Manifest, fields: dict[str, Any], tee: str, *, debug: bool) -> Manifest:

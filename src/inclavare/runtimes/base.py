@@ -41,6 +41,24 @@ class Container:
     on_fault: Callable[[BaseException], None]
 
 
+class Broker(Protocol):
+    """The way to the key broker that the manifest names; errors carry the broker's reasons."""
+
+    def provision(self, store: SecretStore) -> None:
+        """Put the manifest's secrets into the store, under :attr:`inclavare.enclave.kbs_uri.Resource.name`.
+
+        Raises:
+            InclavareError: a required one was not released.
+        """
+
+    def volume_key(self, uri: str, path: str) -> bytes:
+        """The key of the encrypted volume at ``path``.
+
+        Raises:
+            InclavareError: it was not released.
+        """
+
+
 class Session(Protocol):
     """A prepared container; it serves until :meth:`close`."""
 
@@ -75,8 +93,13 @@ class EnclaveRuntime(Protocol):
     def prepare(self, container: Container) -> Any:
         """Begin what takes long and needs no enclave yet; the result goes to :meth:`start`, or to :meth:`abandon`."""
 
-    def start(self, container: Container, enclave: Enclave, platform: Platform, prepared: Any) -> Session:
-        """Make everything that the container needs.
+    def start(
+        self, container: Container, enclave: Enclave, platform: Platform, prepared: Any, broker: Broker | None
+    ) -> Session:
+        """Make everything that the container needs, its secrets included.
+
+        Args:
+            broker: ``None`` where the manifest names none; a runtime whose LibOS fetches its secrets itself leaves it.
 
         Raises:
             InclavareError: it cannot be made; nothing is left behind.

@@ -24,7 +24,7 @@ from ..shield.encrypted import KEY_SIZE, EncryptedDirectory
 from ..shield.root import ShieldedRoot
 from ..shield.secrets import Secret, SecretStore
 from ..tee.base import Enclave, Platform
-from .base import Container
+from .base import Broker, Container
 
 ATTESTATION = "/dev/attestation"
 
@@ -68,11 +68,18 @@ class NativeRuntime:
         prepared.stop()
 
     def start(
-        self, container: Container, enclave: Enclave, platform: Platform, prepared: EncryptedDirectory
+        self,
+        container: Container,
+        enclave: Enclave,
+        platform: Platform,
+        prepared: EncryptedDirectory,
+        broker: Broker | None,
     ) -> NativeSession:
-        """Mount root, volumes and ``/dev/attestation``."""
+        """Fetch the secrets; mount root, volumes and ``/dev/attestation``."""
         session = NativeSession(container, SecretStore(), [prepared])
         try:
+            if broker is not None:
+                broker.provision(session.secrets)
             session.root = ShieldedRoot.mount(
                 container.places,
                 container.tree,
@@ -82,7 +89,7 @@ class NativeRuntime:
                 on_fault=container.on_fault,
             )
             for number, entry in enumerate(container.manifest.files.encrypted):
-                session.add_volume(number, entry.path, entry.key, enclave)
+                session.add_volume(number, entry.path, _volume_key(entry.path, entry.key, enclave, broker))
             session.serve_attestation(enclave, platform)
         except BaseException:
             session.close()
@@ -101,24 +108,12 @@ class NativeSession:
     attestation: AttestFs | None = None
     volumes: dict[str, Path] = field(default_factory=dict)
 
-    def add_volume(self, number: int, path: str, key: str, enclave: Enclave) -> None:
+    def add_volume(self, number: int, path: str, secret: Secret) -> None:
         """Mount an encrypted volume: its ciphertext is the host's bind mount for that path, else this start's scratch.
 
-        Raises:
-            PlatformError: the key's source cannot be used here.
+        Args:
+            secret: 32 bytes; wiped.
         """
-        policy = key.removeprefix("sealed:")
-        if policy not in ("mrenclave", "mrsigner") or not key.startswith("sealed:"):
-            raise PlatformError(
-                f"encrypted path {path}: the key {key} cannot be fetched",
-                id="runtime.volume.key",
-                expected="sealed:mrenclave or sealed:mrsigner",
-                remedy="change [[files.encrypted]] key in enclave.toml; keys from a key broker are not available yet",
-            )
-        # Two volumes of one enclave must not share a key stream, so the path separates them.
-        from hashlib import sha256
-
-        secret = Secret(sha256(b"inclavare.volume.v1\0" + path.encode() + b"\0" + enclave.seal_key(policy)).digest())
         places = self.container.places
         source = next((m.get("source") for m in self.container.config["mounts"] if m["destination"] == path), None)
         cipher = places.cipher / f"volume-{number}" if source is None else Path(source)
@@ -179,7 +174,26 @@ class NativeSession:
             mounts_out.append(_bind(path, point, "nosuid", "nodev", *read_only))
         mounts_out.append(_bind(ATTESTATION, self.container.places.attestation, "nosuid", "nodev", "noexec"))
         config["mounts"] = mounts_out
+        self._place_secrets(config)
         return config
+
+    def _place_secrets(self, config: dict[str, Any]) -> None:
+        """The files of ``/dev/attestation/secrets`` at the manifest's paths: never on a disk, renewed in place."""
+        if not self.container.manifest.secrets:
+            return
+        from ..enclave.kbs_uri import Resource
+
+        for secret in self.container.manifest.secrets:
+            name = Resource.parse(secret.uri).name
+            value = self.secrets.get(name.encode())
+            if value is None:
+                continue
+            if secret.path:
+                source = self.container.places.attestation / "secrets" / name
+                config["mounts"].append(_bind(secret.path, source, "ro", "nosuid", "nodev", "noexec"))
+            else:
+                others = [entry for entry in config["process"]["env"] if not entry.startswith(f"{secret.env}=")]
+                config["process"]["env"] = [*others, f"{secret.env}={value.decode()}"]
 
     def processes(self) -> list[int]:
         """The gocryptfs processes."""
@@ -198,6 +212,41 @@ class NativeSession:
             self.encrypted[0].stop()
             for point in mounts.mounted_below(str(self.container.places.base)):
                 mounts.umount(point)
+
+
+def _volume_key(path: str, key: str, enclave: Enclave, broker: Broker | None) -> Secret:
+    """The 32 bytes that an encrypted volume is kept under.
+
+    Raises:
+        PlatformError: ``runtime.volume.key``: the key's source cannot be used here.
+        InclavareError: the key broker does not release it.
+    """
+    from hashlib import sha256
+
+    policy = key.removeprefix("sealed:")
+    if key != policy and policy in ("mrenclave", "mrsigner"):
+        # Two volumes of one enclave must not share a key stream, so the path separates them.
+        material = b"inclavare.volume.v1\0" + path.encode() + b"\0" + enclave.seal_key(policy)
+    elif key == policy and broker is not None:
+        # Without the path: its owner may have it mounted elsewhere in another enclave.
+        value = broker.volume_key(key, path)
+        if len(value) < KEY_SIZE:
+            raise PlatformError(
+                f"encrypted path {path}: {key} is no key",
+                id="runtime.volume.key",
+                found=f"{len(value)} bytes",
+                expected=f"at least {KEY_SIZE} random bytes",
+                remedy="store another key, for example from `openssl rand 32`",
+            )
+        material = b"inclavare.volume.kbs.v1\0" + value
+    else:
+        raise PlatformError(
+            f"encrypted path {path}: the key {key} cannot be fetched",
+            id="runtime.volume.key",
+            expected="sealed:mrenclave, sealed:mrsigner, or a key broker in [attestation] verdictd",
+            remedy="change [[files.encrypted]] key or [attestation] in enclave.toml",
+        )
+    return Secret(sha256(material).digest())
 
 
 def _bind(destination: str, source: Path, *options: str) -> dict[str, Any]:

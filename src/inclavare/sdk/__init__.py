@@ -2,7 +2,8 @@
 
 ::
 
-    from inclavare.sdk import attest, seal
+    from inclavare.sdk import attest, seal, secret
     quote = attest.quote(report_data)
+    key = secret.get("kbs:///default/key/app")
     seal.store("/data/state", seal.seal(state, counter="state"))
 """
