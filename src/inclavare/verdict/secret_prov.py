@@ -158,7 +158,7 @@ class SecretProvServer:
 
     def refused(self, address: Any, error: InclavareError, evidence: Evidence | None = None) -> None:
         """Tell of it."""
-        self._tell("secret_prov.refused", address=address, evidence_sha256=_digest(evidence), **error.to_dict())
+        self._tell("secret_prov.refused", address=address, evidence_sha256=_digest(evidence), reason=error.to_dict())
 
     def released(self, address: Any, evidence: Evidence) -> None:
         """Tell of it."""

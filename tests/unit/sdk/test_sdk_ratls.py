@@ -90,10 +90,10 @@ def test_inside_an_enclave(enclave: Enclave, tmp_path: Path, monkeypatch: pytest
             wanted = [bytes([number]) * 64 for number in range(64)]
             for data, quote in zip(wanted, threads.map(attester.quote, wanted), strict=True):
                 assert Quote.from_bytes(quote).report_body().report_data == data
-        with ratls.serve(("127.0.0.1", 0), echo, attester=attester).start() as server:
-            with ratls.connect(*server.address, policy=enclave.policy) as sock:
-                sock.sendall(b"from inside")
-                assert sock.recv(20) == b"from inside"
+        server = ratls.serve(("127.0.0.1", 0), echo, attester=attester).start()
+        with server, ratls.connect(*server.address, policy=enclave.policy) as sock:
+            sock.sendall(b"from inside")
+            assert sock.recv(20) == b"from inside"
         with pytest.raises(UsageError):
             ratls.EnclaveAttester(tmp_path / "absent").collateral()
     assert faults == []
@@ -182,9 +182,9 @@ def test_http_refusals(web: tuple[int, int], enclave: Enclave, other: Enclave) -
         with pytest.raises(UsageError) as caught:
             client.get(f"http://127.0.0.1:{web[0]}/")
         assert caught.value.id == "ratls.http.scheme"
-    with httpx.Client(transport=ratls.httpx_transport(policy=enclave.policy)) as client:
-        with pytest.raises(InclavareError):
-            client.get(f"https://127.0.0.1:{web[1]}/")  # the server asks for evidence
+    unattested = httpx.Client(transport=ratls.httpx_transport(policy=enclave.policy))
+    with unattested, pytest.raises(InclavareError):
+        unattested.get(f"https://127.0.0.1:{web[1]}/")  # the server asks for evidence
     with httpx.Client(verify=False) as stock, pytest.raises(httpx.HTTPError):
         stock.get(f"https://127.0.0.1:{web[1]}/")
     with socket.create_connection(("127.0.0.1", web[0])) as plain:

@@ -53,6 +53,8 @@ class _End(asyncio.Protocol):
         self._pair = pair
         self.transport: asyncio.Transport | None = None
         self.other: _End
+        self._early = b""  # before the other end is there: pausing takes effect after the first read
+        self._eof = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
@@ -61,14 +63,37 @@ class _End(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._pair.active = True
         self._pair.bytes += len(data)
-        assert self.other.transport is not None
-        self.other.transport.write(data)
+        if self.other.transport is None:
+            self._early += data
+            assert self.transport is not None
+            self.transport.pause_reading()
+        else:
+            self.other.transport.write(data)
 
     def eof_received(self) -> bool:
-        if self.other.transport is not None and not self.other.transport.is_closing():
+        # asyncio tells of it once more when reading is resumed after it.
+        if not self._eof:
+            self._eof = True
+            self._pass_eof()
+        return True  # the other direction may go on
+
+    def _pass_eof(self) -> None:
+        if self.other.transport is None:
+            return
+        if not self.other.transport.is_closing():
             self.other.transport.write_eof()
         self._pair.on_eof()
-        return True  # the other direction may go on
+
+    def begin(self) -> None:
+        """The other end is there."""
+        assert self.transport is not None and self.other.transport is not None
+        if self._early:
+            self.other.transport.write(self._early)
+            self._early = b""
+        if self._eof:
+            self._pass_eof()
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
 
     def pause_writing(self) -> None:
         if self.other.transport is not None:
@@ -136,8 +161,7 @@ class _Pair:
         self._peer = attested.get_extra_info("peer")
         self._proxy.accepted(self._address, self._peer)
         self._timer = loop.call_later(settings.idle_seconds, self._on_idle)
-        assert self.front.transport is not None
-        self.front.transport.resume_reading()
+        self.front.begin()
 
     def _on_idle(self) -> None:
         seconds = self._proxy.settings.idle_seconds
@@ -268,7 +292,7 @@ class Proxy:
 
     def refused(self, address: Any, error: InclavareError) -> None:
         """A peer is not who it should be, or cannot be reached."""
-        self.tell("proxy.refused", address=_text(address), **error.to_dict())
+        self.tell("proxy.refused", address=_text(address), reason=error.to_dict())
 
     def ended(self, pair: _Pair, address: Any, count: int) -> None:
         """A pair is gone."""
