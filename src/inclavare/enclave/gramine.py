@@ -1,6 +1,6 @@
 """Gramine enclaves: their pages, from a manifest and Gramine's loader, and the manifest's trusted files.
 
-The memory layout is that of Gramine 1.6 to 1.9 (``python/graminelibos/sgx_sign.py``, ``pal/src/host/linux-sgx/``):
+The memory layout is that of Gramine 1.5 to 1.9 (``python/graminelibos/sgx_sign.py``, ``pal/src/host/linux-sgx/``):
 from the end of the enclave downwards the manifest, then SSA frames, TCS pages, thread control blocks, stacks and signal
 stacks of every thread, then the loader ``libpal.so``; what is left is the heap, added without being measured, or, with
 EDMM, not added at all.
@@ -23,6 +23,8 @@ from ..sgx.elf import PF_R, PF_W, PF_X, PT_LOAD, Elf, Segment
 from ..sgx.image import EnclaveImage, PageRun
 from ..sgx.paging import PAGE_SIZE, PT_REG, PT_TCS, SECINFO_R, SECINFO_W, SECINFO_X
 from ..sgx.structs import ATTRIBUTE_DEBUG, ATTRIBUTE_MODE64BIT, XFRM_LEGACY
+from . import gramine_toml
+from .paths import open_in_root
 
 SSA_FRAMES = 2
 SSA_FRAME_SIZE = 4 * PAGE_SIZE
@@ -44,6 +46,7 @@ _CPU_FEATURES = {"avx": 0x4, "avx512": 0xE4, "amx": 0x60000}
 _HARDENED_FEATURES = {"mpx": 0x18, "pkru": 0x200}
 #: XFRM bits that a SIGSTRUCT fixes if the manifest does not say otherwise.
 XFRM_MASK = 0xFFFF_FFFF_FFF9_FF1B
+#: What Gramine adds to section ``sgx``, in its order.
 _DEFAULTS: dict[str, Any] = {
     "trusted_files": [],
     "max_threads": 4,
@@ -53,8 +56,11 @@ _DEFAULTS: dict[str, Any] = {
     "debug": False,
     "enable_stats": False,
     "edmm_enable": False,
+    "enclave_size": "256M",
     "use_exinfo": False,
+    "cpu_features": {},
 }
+_EDMM_SIZE = "1024G"
 _DEFAULT_FEATURES = {
     "avx": "unspecified",
     "avx512": "unspecified",
@@ -94,17 +100,9 @@ class GramineManifest:
         Raises:
             UsageError: ``gramine.manifest``: not TOML, or a value that Gramine would refuse.
         """
-        sgx = complete(_document(data))["sgx"]
-        xfrm, mask = XFRM_LEGACY, XFRM_MASK
-        for name, bits in {**_CPU_FEATURES, **_HARDENED_FEATURES}.items():
-            wanted = sgx["cpu_features"][name]
-            if wanted == "required":
-                xfrm, mask = xfrm | bits, mask | bits
-            elif wanted == "disabled":
-                xfrm, mask = xfrm & ~bits, mask | bits
-            elif name in _HARDENED_FEATURES or wanted != "unspecified":
-                raise _refusal(f"sgx.cpu_features.{name} is wrong", wanted, "required or disabled")
-        xfrm |= XFRM_LEGACY
+        document = _document(data)
+        sgx = complete(document)["sgx"]
+        xfrm, mask = _features(sgx, named="cpu_features" in document.get("sgx", {}))
         size = _size(sgx["enclave_size"])
         threads = _number(sgx, "max_threads", 1, 1 << 16)
         if size < 2 * PAGE_SIZE or size & (size - 1):
@@ -116,10 +114,34 @@ class GramineManifest:
             attributes=ATTRIBUTE_MODE64BIT | (ATTRIBUTE_DEBUG if _flag(sgx, "debug") else 0),
             xfrm=xfrm,
             xfrm_mask=mask,
-            miscselect=_MISC_EXINFO if _flag(sgx, "use_exinfo") else 0,
+            miscselect=_MISC_EXINFO if _flag(sgx, "use_exinfo") or sgx.get("require_exinfo") is True else 0,
             isv_prod_id=_number(sgx, "isvprodid", 0, 0xFFFF),
             isv_svn=_number(sgx, "isvsvn", 0, 0xFFFF),
         )
+
+
+def _features(sgx: dict[str, Any], *, named: bool) -> tuple[int, int]:
+    """XFRM and its mask.
+
+    Gramine 1.5 has the keys ``sgx.require_…`` instead, and writes all of them; 1.6 and 1.7 read them where the manifest
+    has not ``named`` any ``sgx.cpu_features``.
+    """
+    xfrm, mask = XFRM_LEGACY, XFRM_MASK
+    every = _CPU_FEATURES | _HARDENED_FEATURES
+    old = [f"require_{name}" in sgx for name in every]
+    if all(old) or (any(old) and not named):
+        for name, bits in every.items():
+            xfrm |= bits if sgx.get(f"require_{name}") is True else 0
+        return xfrm, mask
+    for name, bits in every.items():
+        wanted = sgx["cpu_features"][name]
+        if wanted == "required":
+            xfrm, mask = xfrm | bits, mask | bits
+        elif wanted == "disabled":
+            xfrm, mask = xfrm & ~bits, mask | bits
+        elif name in _HARDENED_FEATURES or wanted != "unspecified":
+            raise _refusal(f"sgx.cpu_features.{name} is wrong", wanted, "required or disabled")
+    return xfrm, mask
 
 
 def image(manifest: bytes, libpal: bytes) -> EnclaveImage:
@@ -231,61 +253,126 @@ def complete(document: dict[str, Any]) -> dict[str, Any]:
     sgx = document.get("sgx", {})
     if not isinstance(sgx, dict) or not isinstance(sgx.get("cpu_features", {}), dict):
         raise _refusal("sgx is no table", type(sgx).__name__, "a table")
-    sgx = {**_DEFAULTS, **sgx, "cpu_features": {**_DEFAULT_FEATURES, **sgx.get("cpu_features", {})}}
-    sgx.setdefault("enclave_size", "1024G" if sgx["edmm_enable"] is True else "256M")
-    return {**document, "sgx": sgx}
+    sgx = sgx | {key: value for key, value in _DEFAULTS.items() if key not in sgx}
+    if "enclave_size" not in document.get("sgx", {}) and sgx["edmm_enable"] is True:
+        sgx["enclave_size"] = _EDMM_SIZE
+    given = sgx["cpu_features"]
+    sgx["cpu_features"] = given | {key: value for key, value in _DEFAULT_FEATURES.items() if key not in given}
+    return document | {"sgx": sgx}
 
 
-def with_hashes(manifest: bytes, progress: Callable[[int], None] | None = None) -> bytes:
-    """What becomes ``.manifest.sgx``: directories of ``sgx.trusted_files`` expanded, every file with its SHA-256.
+def with_hashes(
+    manifest: bytes,
+    *,
+    libos: Path | None = None,
+    chroot: Path | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> bytes:
+    """What ``gramine-sgx-sign`` of Gramine 1.8 and 1.9 writes as ``.manifest.sgx``, byte for byte.
 
-    Files are hashed in several threads. The loader's entry point (``loader.entrypoint.uri``) gets its hash, too.
+    Directories of ``sgx.trusted_files`` are expanded, and every file gets its SHA-256, as does the loader's entry point
+    (``loader.entrypoint``). Files are hashed in several threads.
 
     Args:
-        progress: told about bytes that were hashed.
+        libos: the entry point if the manifest names none, Gramine's ``libsysdb.so``.
+        chroot: the directory that trusted files are in, instead of ``/``; links in it do not lead out of it.
+        progress: told about bytes that were hashed, from several threads.
 
     Raises:
         UsageError: ``gramine.manifest``, ``gramine.trusted``: an entry that Gramine would refuse, a file that cannot be
             read.
     """
-    import tomlkit
-
     document = complete(_document(manifest))
-    entries = document["sgx"]["trusted_files"]
-    if not isinstance(entries, list):
-        raise _refusal("sgx.trusted_files is no list", type(entries).__name__, "a list")
-    files = [file for entry in entries for file in _expanded(entry)]
-    entrypoint = document.get("loader", {}).get("entrypoint")
-    if isinstance(entrypoint, str):
-        entrypoint = {"uri": entrypoint}
-    if not isinstance(entrypoint, dict) or "uri" not in entrypoint:
-        raise _refusal(
-            "loader.entrypoint.uri is missing", None, "the URI of Gramine's libsysdb.so", "file:…/libsysdb.so"
-        )
-    wanted = [*files, (str(entrypoint["uri"]), entrypoint.get("sha256"))]
+    loader = document.get("loader", {})
+    entrypoint = _entrypoint(loader, libos)
+    files = _trusted_files(document["sgx"], chroot)
+    wanted = [file for file in files.values() if file.sha256 is None]
+    if "sha256" not in entrypoint:
+        # The host's own, even with a chroot.
+        wanted.append(TrustedFile(entrypoint["uri"], None, _path(entrypoint["uri"])))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = list(pool.map(lambda file: file[1] or _digest(_path(file[0]), progress), wanted))
-    document["sgx"]["trusted_files"] = [
-        {"uri": uri, "sha256": digest} for (uri, _), digest in zip(files, digests[:-1], strict=True)
-    ]
-    loader = {**document.get("loader", {}), "entrypoint": {"uri": wanted[-1][0], "sha256": digests[-1]}}
-    return tomlkit.dumps({**document, "loader": loader}).encode()
+        digests = list(pool.map(lambda file: _digest(file.path, progress), wanted))
+    if "sha256" not in entrypoint:
+        entrypoint = entrypoint | {"sha256": digests.pop()}
+    hashed = {file.uri: digest for file, digest in zip(wanted, digests, strict=False)}
+    sgx = document["sgx"] | {
+        "trusted_files": [{"uri": uri, "sha256": hashed.get(uri, file.sha256)} for uri, file in files.items()]
+    }
+    return gramine_toml.dumps(document | {"sgx": sgx, "loader": loader | {"entrypoint": entrypoint}}).encode()
 
 
 def check_trusted_files(manifest: bytes) -> None:
     """Compare the files on this machine with the hashes of a ``.manifest.sgx``.
 
     Raises:
-        IntegrityError: ``gramine.trusted``: the first file that differs.
-        UsageError: ``gramine.trusted``: one cannot be read, or has no hash.
+        IntegrityError: ``gramine.trusted``: the first file that differs, or that has no hash.
+        UsageError: ``gramine.trusted``: one cannot be read.
     """
-    for entry in complete(_document(manifest))["sgx"]["trusted_files"]:
-        for uri, expected in _expanded(entry):
-            found = _digest(_path(uri), None)
-            if expected is None or found != expected:
-                raise IntegrityError(
-                    f"{uri} differs from what was signed", id="gramine.trusted", found=found, expected=expected
+    for file in _trusted_files(complete(_document(manifest))["sgx"], None).values():
+        found = _digest(file.path, None)
+        if found != file.sha256:
+            raise IntegrityError(
+                f"{file.uri} differs from what was signed", id="gramine.trusted", found=found, expected=file.sha256
+            )
+
+
+def _entrypoint(loader: Any, libos: Path | None) -> dict[str, Any]:
+    entrypoint = loader.get("entrypoint", {}) if isinstance(loader, dict) else None
+    if isinstance(entrypoint, str):
+        entrypoint = {"uri": entrypoint}
+    if isinstance(entrypoint, dict) and "uri" not in entrypoint and libos is not None:
+        entrypoint = entrypoint | {"uri": f"file:{libos}"}
+    if not isinstance(entrypoint, dict) or not isinstance(entrypoint.get("uri"), str):
+        raise _refusal(
+            "loader.entrypoint.uri is missing", None, "the URI of Gramine's libsysdb.so", "file:…/libsysdb.so"
+        )
+    return entrypoint
+
+
+@dataclass(frozen=True, slots=True)
+class TrustedFile:
+    """One of ``sgx.trusted_files``.
+
+    Attributes:
+        uri: as in the manifest.
+        sha256: in hexadecimal, if the manifest has it.
+        path: where the file is on this machine.
+    """
+
+    uri: str
+    sha256: str | None
+    path: Path
+
+
+def _trusted_files(sgx: dict[str, Any], chroot: Path | None) -> dict[str, TrustedFile]:
+    """The files that the manifest names, each once; directories expanded, in Gramine's order."""
+    entries = sgx["trusted_files"]
+    if not isinstance(entries, list):
+        raise _refusal("sgx.trusted_files is no list", type(entries).__name__, "a list")
+    root = None if chroot is None else chroot.resolve()
+    files: dict[str, TrustedFile] = {}
+    for entry in entries:
+        if isinstance(entry, str):
+            entry = {"uri": entry}
+        if (
+            not isinstance(entry, dict)
+            or set(entry) - {"uri", "sha256"}
+            or not isinstance(entry.get("uri"), str)
+            or not isinstance(entry.get("sha256", ""), str)
+        ):
+            raise UsageError(f"trusted file {entry!r} is malformed", id="gramine.trusted", expected="uri and sha256")
+        for file in _readable(entry["uri"], entry.get("sha256"), root):
+            known = files.get(file.uri)
+            if known is None or known.sha256 is None:
+                files[file.uri] = file
+            elif file.sha256 is not None and file.sha256 != known.sha256:
+                raise UsageError(
+                    f"trusted file {file.uri} has two hashes",
+                    id="gramine.trusted",
+                    found=file.sha256,
+                    expected=known.sha256,
                 )
+    return files
 
 
 class _Areas:
@@ -376,46 +463,77 @@ def _flag(sgx: dict[str, Any], key: str) -> bool:
 
 
 def _path(uri: str) -> Path:
-    if not uri.startswith("file:"):
+    if not uri.startswith("file:") or "\0" in uri:
         raise UsageError(f"trusted file {uri!r} is no file", id="gramine.trusted", expected="file:PATH")
     return Path(uri.removeprefix("file:"))
 
 
-def _expanded(entry: Any) -> Iterator[tuple[str, str | None]]:
-    """URI and SHA-256 (where given) of the files that an entry names."""
-    if isinstance(entry, str):
-        entry = {"uri": entry}
-    if not isinstance(entry, dict) or not isinstance(entry.get("uri"), str) or set(entry) - {"uri", "sha256"}:
-        raise UsageError(f"trusted file {entry!r} is malformed", id="gramine.trusted", expected="uri and sha256")
-    uri, digest = entry["uri"], entry.get("sha256")
+def _readable(uri: str, digest: str | None, root: Path | None) -> Iterator[TrustedFile]:
+    try:
+        yield from _expanded(uri, digest, root)
+    except OSError as error:
+        raise _unreadable(_path(uri), error) from None
+    except RecursionError:
+        raise UsageError(f"trusted file {uri} has too many directories in another", id="gramine.trusted") from None
+
+
+def _expanded(uri: str, digest: str | None, root: Path | None) -> Iterator[TrustedFile]:
+    """The file, or the files of the directory, that an entry names."""
     path = _path(uri)
+    try:
+        path = path if root is None else _in_root(root, path)
+    except OSError as error:
+        if digest is None:
+            raise _unreadable(path, error) from None
     if not uri.endswith("/"):
         if path.is_dir():
             raise UsageError(f"trusted file {uri} is a directory", id="gramine.trusted", remedy="end its URI with /")
-        yield uri, digest
+        yield TrustedFile(uri, digest, path)
         return
     if digest is not None or not path.is_dir():
         raise UsageError(f"trusted file {uri} is no directory without hash", id="gramine.trusted")
     for child in sorted(path.glob("*")):
         if not os.access(child, os.R_OK) or not (child.is_file() or child.is_dir()):
             continue
+        name = child if root is None else Path("/") / child.relative_to(root)
         if not child.is_dir():
-            yield f"file:{child}", None
+            yield from _expanded(f"file:{name}", None, root)
         elif not child.is_symlink():
-            yield from _expanded(f"file:{child}/")
+            yield from _expanded(f"file:{name}/", None, root)
+
+
+def _in_root(root: Path, path: Path) -> Path:
+    """Where a path leads for a process whose root directory is ``root``."""
+    if not path.is_absolute():
+        raise UsageError(
+            f"trusted file {path} is not absolute", id="gramine.trusted", expected="with --chroot, file:/…"
+        )
+    root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        found = open_in_root(root_fd, os.fspath(path), os.O_PATH)
+        try:
+            return Path(os.readlink(f"/proc/self/fd/{found}"))
+        finally:
+            os.close(found)
+    finally:
+        os.close(root_fd)
 
 
 def _digest(path: Path, progress: Callable[[int], None] | None) -> str:
-    running = hashlib.sha256()
+    running, buffer = hashlib.sha256(), bytearray(_HASH_PIECE)
     try:
         with path.open("rb", buffering=0) as file:
-            while piece := file.read(_HASH_PIECE):
-                running.update(piece)
+            while size := file.readinto(buffer):
+                running.update(memoryview(buffer)[:size])
                 if progress is not None:
-                    progress(len(piece))
+                    progress(size)
     except OSError as error:
-        raise UsageError(f"trusted file {path} cannot be read", id="gramine.trusted", found=error.strerror) from None
+        raise _unreadable(path, error) from None
     return running.hexdigest()
+
+
+def _unreadable(path: Path, error: OSError) -> UsageError:
+    return UsageError(f"trusted file {path} cannot be read", id="gramine.trusted", found=error.strerror)
 
 
 def _down(address: int) -> int:

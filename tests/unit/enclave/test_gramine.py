@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inclavare.enclave import gramine
+from inclavare.enclave import gramine, gramine_toml
 from inclavare.errors import InclavareError, IntegrityError, UsageError
 from inclavare.sgx.measure import measure
 
@@ -136,7 +136,7 @@ def test_trusted_files_are_expanded_and_hashed(tmp_path: Path) -> None:
         f'trusted_files = ["file:{root}/one", {{ uri = "file:/given", sha256 = "{"00" * 32}" }}, "file:{root}/lib/"]\n'
     )
     seen = []
-    signed = gramine.with_hashes(text.encode(), seen.append)
+    signed = gramine.with_hashes(text.encode(), progress=seen.append)
     document = tomllib.loads(signed.decode())
     expected = [
         (f"file:{root}/one", hashlib.sha256(b"1").hexdigest()),
@@ -169,6 +169,155 @@ def test_trusted_files_that_are_refused(tmp_path: Path, entry: str) -> None:
     with pytest.raises(UsageError) as caught:
         gramine.with_hashes(text.encode())
     assert caught.value.id == "gramine.trusted"
+
+
+#: What ``gramine-sgx-sign`` of Gramine 1.9 writes for the manifest below, with ``ROOT`` for the directory.
+SIGNED = """\
+[libos]
+entrypoint = "/bin/x"
+
+[loader]
+log_level = "error"
+
+[loader.env]
+LD = "/lib\ttab"
+
+[loader.entrypoint]
+uri = "file:ROOT/libsysdb.so"
+sha256 = "LIBOS"
+
+[fs]
+mounts = [
+    { path = "/lib", uri = "file:/lib" },
+    { type = "tmpfs", path = "/tmp" },
+]
+
+[sgx]
+debug = true
+enclave_size = "512M"
+max_threads = 4
+isvprodid = 0
+isvsvn = 0
+remote_attestation = "none"
+enable_stats = false
+edmm_enable = false
+use_exinfo = false
+
+[[sgx.trusted_files]]
+uri = "file:ROOT/one"
+sha256 = "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"
+
+[[sgx.trusted_files]]
+uri = "file:ROOT/lib/a"
+sha256 = "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"
+
+[sgx.cpu_features]
+avx512 = "required"
+avx = "unspecified"
+amx = "unspecified"
+mpx = "disabled"
+pkru = "disabled"
+"""
+
+
+def test_the_signed_manifest_is_gramines_byte_for_byte(tmp_path: Path) -> None:
+    root = _tree(tmp_path)
+    text = f"""
+        libos.entrypoint = "/bin/x"
+        loader.log_level = "error"
+        loader.env.LD = "/lib\\ttab"
+        fs.mounts = [ {{ path = "/lib", uri = "file:/lib" }}, {{ type = "tmpfs", path = "/tmp" }} ]
+        sgx.debug = true
+        sgx.enclave_size = "512M"
+        sgx.trusted_files = [ "file:{root}/one", {{ uri = "file:{root}/lib/a" }}, "file:{root}/one" ]
+        sgx.cpu_features.avx512 = "required"
+    """
+    signed = gramine.with_hashes(text.encode(), libos=root / "libsysdb.so").decode()
+    libos = hashlib.sha256(b"libos").hexdigest()
+    expected = SIGNED.replace("LIBOS", libos)
+    assert signed.replace(str(root), "ROOT") == expected
+
+
+def test_a_file_that_is_named_twice(tmp_path: Path) -> None:
+    root = _tree(tmp_path)
+    head = f'[loader]\nentrypoint.uri = "file:{root}/libsysdb.so"\n[sgx]\n'
+    one, given = f"file:{root}/one", "ab" * 32
+    named = f'{head}trusted_files = ["{one}", {{ uri = "{one}", sha256 = "{given}" }}, "file:{root}/"]\n'
+    files = tomllib.loads(gramine.with_hashes(named.encode()).decode())["sgx"]["trusted_files"]
+    assert files[0] == {"uri": one, "sha256": given}
+    assert [file["uri"] for file in files].count(one) == 1
+    twice = f'{head}trusted_files = [{{ uri = "{one}", sha256 = "{given}" }}, {{ uri = "{one}", sha256 = "00" }}]\n'
+    with pytest.raises(UsageError) as caught:
+        gramine.with_hashes(twice.encode())
+    assert caught.value.id == "gramine.trusted"
+
+
+def test_chroot(tmp_path: Path) -> None:
+    """Names are those within, links do not lead out, and the entry point is the host's."""
+    root = _tree(tmp_path / "root")
+    (root / "lib/link").symlink_to("/one")
+    (root / "lib/up").symlink_to("../../../../one")
+    (tmp_path / "one").write_bytes(b"the host's")
+    text = (
+        f'[loader]\nentrypoint.uri = "file:{root}/libsysdb.so"\n[sgx]\ntrusted_files = ["file:/lib/", "file:/lib/up"]'
+    )
+    files = tomllib.loads(gramine.with_hashes(text.encode(), chroot=root).decode())["sgx"]["trusted_files"]
+    one = hashlib.sha256(b"1").hexdigest()
+    hashes = {file["uri"]: file["sha256"] for file in files}
+    assert list(hashes)[:2] == ["file:/lib/a", "file:/lib/deep/b"]
+    assert hashes["file:/lib/up"] == one
+    with pytest.raises(UsageError):
+        gramine.with_hashes(text.replace("file:/lib/up", "file:lib/a").encode(), chroot=root)
+
+
+OLD = ("avx", "avx512", "amx", "mpx", "pkru")
+
+
+@pytest.mark.parametrize(("name", "bits"), [*zip(OLD, (0x4, 0xE4, 0x60000, 0x18, 0x200), strict=True)])
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_cpu_features_of_gramine_1_5(name: str, bits: int, value: str) -> None:
+    """Its manifests have ``require_…`` keys, which fix no bits besides the usual ones."""
+    text = manifest(f"require_{name} = {value}").replace(b"[sgx.cpu_features]", b"")
+    found = gramine.GramineManifest.parse(text)
+    assert found.xfrm == 3 | (bits if value == "true" else 0)
+    assert found.xfrm_mask == gramine.XFRM_MASK
+    everything = manifest("\n".join(f"require_{one} = {str(one == 'amx').lower()}" for one in OLD), 'avx = "required"')
+    assert gramine.GramineManifest.parse(everything).xfrm == 0x60003
+
+
+anything = st.recursive(
+    st.booleans()
+    | st.integers(-5, 1 << 40)
+    | st.text(max_size=8)
+    | st.sampled_from(["64M", "required", "file:/", "file:x\0"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["uri", "sha256", "entrypoint", "x"]), inner)
+    ),
+    max_leaves=4,
+)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            ["max_threads", "enclave_size", "debug", "edmm_enable", "cpu_features", "isvsvn", "trusted_files"]
+        ),
+        anything,
+    )
+    | anything,
+    anything,
+)
+def test_any_manifest_is_read_or_refused(sgx: object, loader: object) -> None:
+    text = gramine_toml.dumps({"sgx": sgx, "loader": loader}).encode()
+    # "file:/" would be the whole machine.
+    for work in (
+        lambda: gramine.image(text, libpal()),
+        lambda: gramine.with_hashes(text.replace(b"file:/", b"file:?")),
+    ):
+        try:
+            work()
+        except InclavareError as refusal:
+            assert refusal.id.startswith("gramine.")
 
 
 def test_a_manifest_without_a_loader_says_so() -> None:

@@ -208,7 +208,8 @@ def _measure_gramine(source: Path, libpal: Path, manifest: Path | None) -> tuple
 
     text = source.read_bytes()
     if manifest is not None:
-        text = gramine.with_hashes(text)
+        # Where Gramine is installed, its LibOS is one directory above the loader's.
+        text = gramine.with_hashes(text, libos=libpal.resolve().parent.parent / "libsysdb.so")
         write_output(manifest, text, mode=0o644)
     return measure(gramine.image(text, libpal.read_bytes())), dict(gramine.sigstruct_fields(text))
 
