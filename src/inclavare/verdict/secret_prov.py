@@ -24,6 +24,7 @@ from typing import Any
 from .. import serving
 from ..attestation import Evidence
 from ..attestation.ratls import CertifiedContext, certificates
+from ..attestation.ratls.sockets import timed_out
 from ..attestation.ratls.streams import AttestedTransport, Link
 from ..errors import InclavareError, ResourceError, UsageError
 
@@ -188,7 +189,10 @@ class _Connection(Link):
         super().connection_made(transport)
 
     def _on_end(self) -> None:
-        self._on_timeout()
+        if self.protocol is None:
+            self._on_timeout()
+        elif not self.closing:
+            self._server.refused(self.raw.get_extra_info("peername"), timed_out(self._server.config.seconds))
         self.raw.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
