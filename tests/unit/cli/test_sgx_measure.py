@@ -16,8 +16,10 @@ from inclavare.cli import main
 from inclavare.sgx import sgxs
 from inclavare.sgx.image import EnclaveImage
 from inclavare.sgx.measure import measure
+from inclavare.sgx.sdk import SdkEnclave
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "enclave"))
+sys.path.extend(str(Path(__file__).resolve().parents[1] / name) for name in ("enclave", "sgx"))
+from sdk_enclaves import Load, Sdk
 from test_gramine import libpal, manifest
 
 
@@ -47,6 +49,30 @@ def test_a_stream_and_the_sigstruct_beside_it(tmp_path: Path, signers: Signers) 
     (tmp_path / "a.sig").write_bytes(sign_image(image, signers.ours).to_bytes())
     code, found = run("measure", enclave)
     assert (code, found["matches"], found["enclavehash"]) == (0, True, measure(image).hex())
+
+
+def test_a_stream_on_standard_input(tmp_path: Path, signers: Signers) -> None:
+    image = small_image()
+    data = stream(tmp_path / "a.sgxs", image).read_bytes()
+    (tmp_path / "a.sig").write_bytes(sign_image(image, signers.ours).to_bytes())
+    words = ["sgx", "measure", "-", "--sigstruct", str(tmp_path / "a.sig"), "--json"]
+    done = CliRunner().invoke(main, words, input=data)
+    assert done.exit_code == 0 and json.loads(done.stdout)["mrenclave"] == measure(image).hex()
+    assert CliRunner().invoke(main, words, input=data[:-1]).exit_code == 7
+
+
+def test_an_enclave_of_the_sdk(tmp_path: Path, signers: Signers) -> None:
+    enclave = tmp_path / "enclave.signed.so"
+    code = Load(0, 5, b"\x90" * 4096, 4096)
+    unsigned = Sdk([code])
+    image = SdkEnclave(unsigned.file()).image()
+    enclave.write_bytes(Sdk([code], sigstruct=sign_image(image, signers.ours).to_bytes()).file())
+    code_, found = run("measure", enclave)
+    assert (code_, found["kind"], found["matches"], found["mrenclave"]) == (0, "sdk", True, measure(image).hex())
+    other = tmp_path / "other.signed.so"
+    other.write_bytes(enclave.read_bytes().replace(b"\x90" * 4096, b"\x91" * 4096))
+    assert run("measure", other)[0] == 7
+    assert [(p["offset"], p["what"]) for p in run("cmp", enclave, other)[1]["pages"]] == [(0, "contents")]
 
 
 def test_a_sigstruct_of_another_enclave(tmp_path: Path, signers: Signers) -> None:
@@ -126,6 +152,8 @@ def test_cmp_of_streams(tmp_path: Path, signers: Signers) -> None:
     for path, key in ((left, signers.ours), (right, signers.theirs)):
         path.with_suffix(".sig").write_bytes(sign_image(small_image(), key).to_bytes())
     assert [field["name"] for field in run("cmp", left, right)[1]["sigstruct"]] == ["modulus"]
+    shown = CliRunner().invoke(main, ["sgx", "cmp", str(left), str(right)])
+    assert "modulus" in shown.stdout and max(map(len, shown.stdout.splitlines())) < 200
 
 
 def test_cmp_of_gramine_manifests(gramine: tuple[Path, Path], tmp_path: Path) -> None:

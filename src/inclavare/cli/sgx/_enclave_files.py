@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ...errors import UsageError
+from .._output import Steps
 
 if TYPE_CHECKING:
     from ...sgx.image import EnclaveImage
@@ -71,26 +72,38 @@ class EnclaveFile:
                 miscselect=0 if signed is None else signed.miscselect,
             )
 
-    def measure(self, progress: Callable[[int], None] | None = None) -> bytes:
+    def measure(self, steps: Steps) -> bytes:
         """MRENCLAVE, 32 bytes; a stream is never in memory as a whole.
+
+        Args:
+            steps: told about the bytes of pages that there are, and that are done.
 
         Raises:
             InclavareError: the file is damaged.
         """
+        from ...sgx.image import PAGE_SIZE
+
         if self.kind == "sgxs":
+            from ...sgx.measure import PAGE_BLOCKS
             from ...sgx.sgxs import Stream
 
+            if str(self.path) == "-":
+                return Stream(sys.stdin.buffer).measure(steps.advance)
+            steps.total(self.path.stat().st_size * PAGE_SIZE // PAGE_BLOCKS)
             with self.path.open("rb") as file:
-                return Stream(file).measure(progress)
+                return Stream(file).measure(steps.advance)
         from ...sgx.measure import measure
 
-        return measure(self.image(), progress)
+        image = self.image()
+        steps.total(sum(run.count for run in image.runs) * PAGE_SIZE)
+        return measure(image, steps.advance)
 
 
 def open_enclave(path: Path, sigstruct: Path | None = None, libpal: Path | None = None) -> EnclaveFile:
     """Recognise an enclave's file.
 
     Args:
+        path: its name; ``-`` is an .sgxs stream on standard input, which can only be measured.
         sigstruct: a SIGSTRUCT's file; by default the one inside, or ``NAME.sig`` or ``NAME.sigstruct`` beside it.
         libpal: Gramine's loader, which a manifest needs.
 
@@ -101,8 +114,11 @@ def open_enclave(path: Path, sigstruct: Path | None = None, libpal: Path | None 
     from ...sgx.structs import Sigstruct
 
     try:
-        with path.open("rb") as file:
-            head = file.read(8)
+        if str(path) == "-":
+            head = b"ECREATE"
+        else:
+            with path.open("rb") as file:
+                head = file.read(8)
     except OSError as error:
         raise UsageError(f"{path} cannot be read", id="cli.enclave.file", found=error.strerror) from None
     if head.startswith(b"\x7fELF"):

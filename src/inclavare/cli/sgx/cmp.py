@@ -13,7 +13,9 @@ import click
 from .._output import Steps, json_option, note, print_json, print_table
 from ._enclave_files import libpal_option, open_enclave
 
+#: What a table has room for; --json shows all.
 _SHOWN = 40
+_WIDTH = 64
 
 
 @click.command("cmp")
@@ -160,4 +162,5 @@ def _hex(value: int) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:#x}"
-    return "–" if value is None else value if isinstance(value, str) else json.dumps(value)
+    text = "–" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 1]}…"

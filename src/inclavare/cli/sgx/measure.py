@@ -21,7 +21,7 @@ from ._enclave_files import libpal_option, open_enclave
 @libpal_option
 @json_option
 def command(*, enclave: Path, sigstruct: Path | None, libpal: Path | None, as_json: bool) -> None:
-    """Compute MRENCLAVE of ENCLAVE, and compare it with its SIGSTRUCT, if there is one.
+    """Compute MRENCLAVE of ENCLAVE, and compare it with its SIGSTRUCT, if there is one; - is an .sgxs stream.
 
     Exit code 7 if they differ, or if the SIGSTRUCT's signature does not hold. Container images are measured by
     `inclavare measure`.
@@ -31,9 +31,8 @@ def command(*, enclave: Path, sigstruct: Path | None, libpal: Path | None, as_js
 
     found = open_enclave(enclave, sigstruct, libpal)
     with Steps() as steps:
-        steps.stage(f"measuring {enclave}")
-        steps.total(enclave.stat().st_size)
-        mrenclave = found.measure(steps.advance)
+        steps.stage(f"measuring {'standard input' if str(enclave) == '-' else enclave}")
+        mrenclave = found.measure(steps)
     result: dict[str, Any] = {"kind": found.kind, "mrenclave": mrenclave.hex()}
     problem: IntegrityError | None = None
     if found.sigstruct is not None:
