@@ -26,8 +26,8 @@ from ...errors import InclavareError
 from . import names
 from .database import Database
 from .errors import Damaged, Invalid, unknown
-from .models import AuditHeadRow, AuditRow, CheckpointRow, TenantRow
-from .tenants import tenant_is
+from .models import AuditHeadRow, AuditRow, CheckpointRow, TenantRow, table
+from .tenants import OF_TENANT, tenant_is
 from .types import AuditEntry, AuditReport, Finding, SigningKey, isoformat
 
 if TYPE_CHECKING:
@@ -35,6 +35,23 @@ if TYPE_CHECKING:
     from .keys import Keys
 
 _A, _H = AuditRow, AuditHeadRow
+_CHECKPOINT = (
+    CheckpointRow.number, CheckpointRow.body, CheckpointRow.hash, CheckpointRow.kid, CheckpointRow.signature
+)  # fmt: skip
+_HEADS = table(AuditHeadRow)
+# Made once: each append runs these three.
+_HEAD = (
+    sa.select(TenantRow.id, TenantRow.uid, _H.seq, _H.hash)
+    .join(_H, _H.tenant_id == TenantRow.id)
+    .where(OF_TENANT)
+    .with_for_update(of=_H)
+)
+_APPEND = sa.insert(table(AuditRow))
+_MOVE = (
+    sa.update(_HEADS)
+    .where(_HEADS.c.tenant_id == sa.bindparam("of"))
+    .values({name: sa.bindparam(name) for name in ("seq", "hash", "kid", "signature")})
+)
 _FIRST = bytes(32)
 _PAGE = 1000
 EXPORT = "inclavare audit export 1"
@@ -71,9 +88,7 @@ class Audit:
         key = self._keys.current("audit")
 
         def work(connection: Connection) -> AuditEntry:
-            columns = (TenantRow.id, TenantRow.uid, _H.seq, _H.hash)
-            query = sa.select(*columns).join(_H, _H.tenant_id == TenantRow.id).where(tenant_is(tenant))
-            head = connection.execute(query.with_for_update(of=_H)).first()
+            head = connection.execute(_HEAD, {"tenant": tenant}).first()
             if head is None:
                 raise unknown("tenant")
             # Here and not before: behind the lock, times are in the entries' order.
@@ -81,8 +96,8 @@ class Audit:
             fields = {"actor": actor, "action": action, "decision": decision}
             entry = make_entry(head.uid, head.seq + 1, now, document=document, previous=head.hash, **fields)
             row = {"time": now, "detail": document, "previous": head.hash, "hash": entry.hash, **fields}
-            connection.execute(sa.insert(_A).values(tenant_id=head.id, seq=entry.seq, **row))
-            self._sign_head(connection, head.id, head.uid, entry.seq, entry.hash, key)
+            connection.execute(_APPEND, {"tenant_id": head.id, "seq": entry.seq, **row})
+            connection.execute(_MOVE, {"of": head.id, **self._head(head.uid, entry.seq, entry.hash, key)})
             return entry
 
         return self._database.write(work, chain=tenant)
@@ -155,8 +170,7 @@ class Audit:
 
     def checkpoints(self, *, limit: int = 100) -> list[dict[str, Any]]:
         """The newest checkpoints, the newest first."""
-        table = CheckpointRow
-        query = sa.select(table.body, table.hash, table.kid, table.signature).order_by(table.number.desc())
+        query = sa.select(*_CHECKPOINT[1:]).order_by(CheckpointRow.number.desc())
         rows = self._database.read(lambda connection: connection.execute(query.limit(limit)).all())
         return [_checkpoint_json(**row._mapping) for row in rows]
 
@@ -186,10 +200,7 @@ class Audit:
         if tenant is not None and not chains:
             raise unknown("tenant")
         findings: list[Finding] = []
-        table = CheckpointRow
-        stored = connection.execute(
-            sa.select(table.number, table.body, table.hash, table.kid, table.signature).order_by(table.number)
-        ).all()
+        stored = connection.execute(sa.select(*_CHECKPOINT).order_by(CheckpointRow.number)).all()
         known = _verify_checkpoints(stored, anchors, self._keyring.store_uid, keys, findings)
         total = 0
         for id, uid in chains:
@@ -254,9 +265,6 @@ class Audit:
     def begin(self, connection: Connection, id: int, uid: str, key: SigningKey) -> None:
         """The head of a new chain. Every tenant has one: that it is missing means that it was removed."""
         connection.execute(sa.insert(_H).values(tenant_id=id, **self._head(uid, 0, _FIRST, key)))
-
-    def _sign_head(self, connection: Connection, id: int, uid: str, seq: int, hash: bytes, key: SigningKey) -> None:
-        connection.execute(sa.update(_H).where(_H.tenant_id == id).values(**self._head(uid, seq, hash, key)))
 
     def _head(self, uid: str, seq: int, hash: bytes, key: SigningKey) -> dict[str, Any]:
         signature = _sign(key, _head_body(self._keyring.store_uid, uid, seq, hash))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar
 
+import sqlalchemy as sa
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
@@ -58,6 +59,13 @@ class Base(DeclarativeBase):
         }
     )
     type_annotation_map: ClassVar[dict[Any, Any]] = {datetime: Instant, bytes: LargeBinary, int: BigInteger, str: Text}
+
+
+def table(model: type[Base]) -> sa.Table:
+    """A model's table: statements on it, made once, cost a fraction of those on the model."""
+    found = model.__table__
+    assert isinstance(found, sa.Table)
+    return found
 
 
 def _unique_where(condition: str, name: str, *columns: str) -> Index:

@@ -14,7 +14,7 @@ from .database import Database, conflicts
 from .errors import Conflict, Invalid, unknown
 from .keyring import Keyring
 from .models import PolicyRow, PolicyVersionRow, TenantRow
-from .tenants import charge, tenant_id, tenant_is
+from .tenants import OF_TENANT, charge, tenant_id, tenant_is
 from .types import PolicyKind, PolicyVersion
 
 _P, _V = PolicyRow, PolicyVersionRow
@@ -73,8 +73,13 @@ class Policies:
             NotFound: there is none; no matter whether it is another tenant's.
             Damaged: it was changed in the database.
         """
-        number = _P.version if version is None else names.version(version)
-        return self._one(_query(tenant).where(_P.id == id, _V.version == number))
+        values: dict[str, Any] = {"tenant": tenant, "id": id}
+        if version is not None:
+            values["version"] = names.version(version)
+        row = self._database.read(lambda connection: connection.execute(_GET[version is None], values).first())
+        if row is None:
+            raise unknown("policy")
+        return self._checked(row)
 
     def default(self, tenant: str, kind: PolicyKind) -> PolicyVersion | None:
         """The tenant's default policy of a kind, or ``None``.
@@ -82,8 +87,8 @@ class Policies:
         Raises:
             Damaged: it was changed in the database.
         """
-        query = _query(tenant).where(_P.kind == kind, _P.is_default == 1, _V.version == _P.version)
-        row = self._database.read(lambda connection: connection.execute(query).first())
+        values = {"tenant": tenant, "kind": kind}
+        row = self._database.read(lambda connection: connection.execute(_DEFAULT, values).first())
         return None if row is None else self._checked(row)
 
     def list(self, tenant: str) -> Sequence[PolicyVersion]:
@@ -230,12 +235,6 @@ class Policies:
         else:
             connection.execute(sa.update(_P).where(_P.tenant_id == owner, _P.id == id).values(**values))
 
-    def _one(self, query: Any) -> PolicyVersion:
-        row = self._database.read(lambda connection: connection.execute(query).first())
-        if row is None:
-            raise unknown("policy")
-        return self._checked(row)
-
     def _checked(self, row: Any) -> PolicyVersion:
         self._keyring.check(row.pointer_mac, "policy", row.uid, row.id, row.kind, row.newest, row.is_default)
         fields = {name: getattr(row, name) for name in
@@ -249,7 +248,7 @@ def _version_parts(uid: str, id: str, **fields: Any) -> tuple[object, ...]:
     return ("policy version", uid, id, *(f"{name}={fields[name]}" for name in sorted(fields)))
 
 
-def _query(tenant: str) -> Any:
+def _query(tenant: str | None = None) -> Any:
     return (
         sa.select(
             TenantRow.uid, _P.kind, _P.is_default, _P.version.label("newest"), _P.mac.label("pointer_mac"),
@@ -257,8 +256,19 @@ def _query(tenant: str) -> Any:
         )
         .join(_P, sa.and_(_P.tenant_id == _V.tenant_id, _P.id == _V.id))
         .join(TenantRow, TenantRow.id == _P.tenant_id)
-        .where(tenant_is(tenant))
+        .where(OF_TENANT if tenant is None else tenant_is(tenant))
     )  # fmt: skip
+
+
+# Made once: every decision runs them.
+_OF_ID = _query().where(_P.id == sa.bindparam("id", type_=sa.Text()))
+_GET = {
+    True: _OF_ID.where(_V.version == _P.version),
+    False: _OF_ID.where(_V.version == sa.bindparam("version", type_=sa.Integer())),
+}
+_DEFAULT = _query().where(
+    _P.kind == sa.bindparam("kind", type_=sa.Text()), _P.is_default == 1, _V.version == _P.version
+)
 
 
 def _owner(connection: Connection, tenant: str, *, alone: bool = False) -> tuple[int, str]:

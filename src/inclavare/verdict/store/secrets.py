@@ -16,7 +16,7 @@ from .database import Database, conflicts, upsert
 from .errors import Consumed, Invalid, unknown
 from .keyring import Keyring, secret_aad
 from .models import SecretRow, SecretVersionRow, TenantRow
-from .tenants import charge, tenant_id, tenant_is
+from .tenants import OF_TENANT, charge, tenant_id, tenant_is
 from .types import Secret, SecretInfo
 
 _V = SecretVersionRow
@@ -84,7 +84,7 @@ class Secrets:
         Raises:
             NotFound: there is none; no matter whether it is another tenant's.
         """
-        return _info(self._find(tenant, path, version, _INFO))
+        return _info(self._find(tenant, path, version, _SHOWN))
 
     def list(self, tenant: str, *, after: str = "", limit: int = 1000) -> Sequence[SecretInfo]:
         """The newest version of each path, by path.
@@ -128,7 +128,7 @@ class Secrets:
             Damaged: it was changed in the database.
         """
         names.digest(holder, "holder")
-        row = self._find(tenant, path, version, _SEALED)
+        row = self._find(tenant, path, version, _READ)
         if row.release_once:
             row = self._claim(tenant, path, row.version, holder)
         value = self._keyring.unseal(Envelope(row.generation, row.wrapped_key, row.sealed), secret_aad(row))
@@ -188,10 +188,10 @@ class Secrets:
 
     # --- inside
 
-    def _find(self, tenant: str, path: str, version: int | None, columns: Any) -> Any:
+    def _find(self, tenant: str, path: str, version: int | None, columns: Mapping[bool, Any]) -> Any:
         # One query for everything, so that a foreign name and an unknown one take the same way.
-        query = _one(columns, tenant, path, version)
-        row = self._database.read(lambda connection: connection.execute(query).first())
+        query, values = columns[version is None], _values(tenant, path, version)
+        row = self._database.read(lambda connection: connection.execute(query, values).first())
         if row is None:
             raise unknown("secret")
         return row
@@ -229,23 +229,29 @@ _INFO: list[Any] = [
 _SEALED: list[Any] = [*_INFO, TenantRow.uid, _V.generation, _V.wrapped_key, _V.sealed]
 
 
-def _joined(columns: Any, tenant: str) -> Any:
-    return (
-        sa.select(*columns)
-        .join(SecretRow, _NEWEST)
-        .join(TenantRow, TenantRow.id == SecretRow.tenant_id)
-        .where(tenant_is(tenant))
-    )
+def _joined(columns: Any, tenant: str | None = None) -> Any:
+    joined = sa.select(*columns).join(SecretRow, _NEWEST).join(TenantRow, TenantRow.id == SecretRow.tenant_id)
+    return joined.where(OF_TENANT if tenant is None else tenant_is(tenant))
 
 
-def _one(columns: Any, tenant: str, path: str, version: int | None) -> Any:
-    number = SecretRow.version if version is None else names.version(version)
-    return _joined(columns, tenant).where(SecretRow.path == path, _V.version == number)
+def _one(columns: Any) -> dict[bool, Any]:
+    """Statements that are made once: for the newest version, and for a numbered one."""
+    of_path = _joined(columns).where(SecretRow.path == sa.bindparam("path", type_=sa.Text()))
+    number = sa.bindparam("version", type_=sa.Integer())
+    return {True: of_path.where(_V.version == SecretRow.version), False: of_path.where(_V.version == number)}
+
+
+def _values(tenant: str, path: str, version: int | None) -> dict[str, Any]:
+    values: dict[str, Any] = {"tenant": tenant, "path": path}
+    return values if version is None else {**values, "version": names.version(version)}
+
+
+_SHOWN, _READ = _one(_INFO), _one(_SEALED)
+_LOCKED = {newest: query.with_for_update(of=_V) for newest, query in _READ.items()}
 
 
 def _lock(connection: Connection, tenant: str, path: str, version: int | None) -> Any:
-    query = _one(_SEALED, tenant, path, version).with_for_update(of=_V)
-    row = connection.execute(query).first()
+    row = connection.execute(_LOCKED[version is None], _values(tenant, path, version)).first()
     if row is None:
         raise unknown("secret")
     return row

@@ -20,12 +20,13 @@ from sqlalchemy.engine import Connection
 from . import names
 from .database import Database, conflicts
 from .errors import Conflict, Consumed, Invalid, unknown
-from .models import SessionRow, TenantRow
-from .tenants import tenant_id, tenant_is
+from .models import SessionRow, TenantRow, table
+from .tenants import OF_TENANT, tenant_id
 from .types import Session
 
 _S = SessionRow
-_COLUMNS = (_S.tee, _S.nonce, _S.state, _S.created, _S.expires, _S.holder, _S.claims, _S.token)
+_TABLE = table(SessionRow)
+_COLUMNS = [_TABLE.c[name] for name in ("tee", "nonce", "state", "created", "expires", "holder", "claims", "token")]
 
 
 class Sessions:
@@ -65,7 +66,7 @@ class Sessions:
         def work(connection: Connection) -> None:
             owner = tenant_id(connection, tenant)
             with conflicts(used):
-                connection.execute(sa.insert(_S).values(tenant_id=owner, **values))
+                connection.execute(_INSERT, {"tenant_id": owner, **values})
 
         self._database.write(work, durable=False)
         return id
@@ -76,8 +77,8 @@ class Sessions:
         Raises:
             NotFound: there is none, it is expired, or it is another tenant's.
         """
-        query = _query(tenant, id, self._database.now())
-        row = self._database.read(lambda connection: connection.execute(query).first())
+        values = _which(tenant, id, self._database.now())
+        row = self._database.read(lambda connection: connection.execute(_FIND, values).first())
         if row is None:
             raise unknown("session")
         return _session(tenant, row)
@@ -89,7 +90,7 @@ class Sessions:
             NotFound: as for :meth:`get`.
             Consumed: it was used up before.
         """
-        return self._move(tenant, id, ("new",), {"state": "taken"})
+        return self._move(tenant, id, _TAKE, {})
 
     def attest(
         self, tenant: str, id: str, *, holder: str, claims: Mapping[str, Any], token: str | None = None
@@ -108,8 +109,7 @@ class Sessions:
         """
         names.digest(holder, "holder")
         document = names.canonical(dict(claims), "claims", names.MAX_CLAIMS)
-        values = {"state": "attested", "holder": holder, "claims": document, "token": token}
-        return self._move(tenant, id, ("new", "taken"), values)
+        return self._move(tenant, id, _ATTEST, {"holder": holder, "claims": document, "token": token})
 
     def refuse(self, tenant: str, id: str) -> Session:
         """The evidence was refused: the session is of no use any more.
@@ -118,22 +118,19 @@ class Sessions:
             NotFound: as for :meth:`get`.
             Consumed: it was accepted or refused before.
         """
-        return self._move(tenant, id, ("new", "taken"), {"state": "refused"})
+        return self._move(tenant, id, _REFUSE, {})
 
     def purge(self) -> int:
         """Remove expired sessions of all tenants. Returns how many."""
         query = sa.delete(_S).where(_S.expires <= self._database.now())
         return self._database.write(lambda connection: connection.execute(query).rowcount, durable=False)
 
-    def _move(self, tenant: str, id: str, states: tuple[str, ...], values: dict[str, Any]) -> Session:
-        now = self._database.now()
-        of_tenant = sa.select(TenantRow.id).where(tenant_is(tenant)).scalar_subquery()
+    def _move(self, tenant: str, id: str, change: Any, values: dict[str, Any]) -> Session:
+        which = _which(tenant, id, self._database.now())
 
         def work(connection: Connection) -> Any:
-            where = (_S.id_hash == _hash(id), _S.tenant_id == of_tenant, _S.expires > now)
-            change = sa.update(_S).where(*where, _S.state.in_(states)).values(**values)
-            moved = connection.execute(change.returning(*_COLUMNS)).first()
-            if moved is None and connection.execute(_query(tenant, id, now)).first() is not None:
+            moved = connection.execute(change, {**which, **values}).first()
+            if moved is None and connection.execute(_FIND, which).first() is not None:
                 raise Consumed("the session was used already", id="verdict.store.session.used",
                                remedy="begin a new session: its nonce serves one attestation")  # fmt: skip
             return moved
@@ -144,9 +141,25 @@ class Sessions:
         return _session(tenant, row)
 
 
-def _query(tenant: str, id: str, now: datetime) -> Any:
-    joined = sa.select(*_COLUMNS).join(TenantRow, TenantRow.id == _S.tenant_id)
-    return joined.where(_S.id_hash == _hash(id), tenant_is(tenant), _S.expires > now)
+def _which(tenant: str, id: str, now: datetime) -> dict[str, Any]:
+    return {"tenant": tenant, "which": _hash(id), "now": now}
+
+
+def _change(states: tuple[str, ...], state: str, *columns: str) -> Any:
+    """From one of these states to another, if it is in one of them and not expired."""
+    owner = sa.select(TenantRow.id).where(OF_TENANT).scalar_subquery()
+    values = {"state": state, **{name: sa.bindparam(name) for name in columns}}
+    change = sa.update(_TABLE).where(_THIS, _TABLE.c.tenant_id == owner, _TABLE.c.state.in_(states))
+    return change.values(values).returning(*_COLUMNS)
+
+
+# Made once: they are run for each client.
+_THIS = sa.and_(_TABLE.c.id_hash == sa.bindparam("which"), _TABLE.c.expires > sa.bindparam("now"))
+_FIND = sa.select(*_COLUMNS).join(table(TenantRow), table(TenantRow).c.id == _TABLE.c.tenant_id).where(_THIS, OF_TENANT)
+_INSERT = sa.insert(_TABLE)
+_TAKE = _change(("new",), "taken")
+_REFUSE = _change(("new", "taken"), "refused")
+_ATTEST = _change(("new", "taken"), "attested", "holder", "claims", "token")
 
 
 def _hash(id: str) -> bytes:

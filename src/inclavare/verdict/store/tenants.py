@@ -25,12 +25,14 @@ from .models import (
     SignerRow,
     TenantRow,
     TokenRow,
+    table,
 )
 from .types import Quotas, Tenant
 
 if TYPE_CHECKING:
     from .audit import Audit
 
+_T = table(TenantRow).c
 #: What goes with a tenant, in the order in which the foreign keys let it; its audit trail stays.
 _OWNED: tuple[type[Base], ...] = (
     SecretVersionRow, SecretRow, PolicyVersionRow, PolicyRow, ReferenceRow, SignerRow, SessionRow, EvidenceRow,
@@ -125,8 +127,8 @@ class Tenants:
 
         def work(connection: Connection) -> None:
             id = tenant_id(connection, name, removing=True)
-            for table in _OWNED:
-                connection.execute(sa.delete(table).where(table.__table__.c.tenant_id == id))
+            for owned in map(table, _OWNED):
+                connection.execute(sa.delete(owned).where(owned.c.tenant_id == id))
             unused = {"used_secrets": 0, "used_bytes": 0, "used_policies": 0}
             connection.execute(sa.update(TenantRow).where(TenantRow.id == id).values(deleted=now, **unused))
 
@@ -136,6 +138,19 @@ class Tenants:
 def tenant_is(name: str) -> sa.ColumnElement[bool]:
     """Condition for queries that join the tenant: its name, and that it was not deleted."""
     return sa.and_(TenantRow.name == name, TenantRow.deleted.is_(None))
+
+
+#: The same for statements that are made once: its name is the parameter ``tenant``.
+OF_TENANT = sa.and_(_T.name == sa.bindparam("tenant", type_=sa.String()), _T.deleted.is_(None))
+
+# Without the lock that a foreign key's check takes, a tenant could be deleted under a row that is being written.
+_LOCKED = {
+    (alone, removing): sa.select(_T.id)
+    .where(OF_TENANT)
+    .with_for_update(read=not (alone or removing), key_share=not removing)
+    for alone in (False, True)
+    for removing in (False, True)
+}
 
 
 def tenant_id(connection: Connection, name: str, *, alone: bool = False, removing: bool = False) -> int:
@@ -148,10 +163,7 @@ def tenant_id(connection: Connection, name: str, *, alone: bool = False, removin
     Raises:
         NotFound: there is none.
     """
-    query = sa.select(TenantRow.id).where(tenant_is(name))
-    # Without the lock of a foreign key's check, a tenant could be deleted under a row that is being written.
-    query = query.with_for_update(read=not (alone or removing), key_share=not removing)
-    found = connection.execute(query).scalar()
+    found = connection.execute(_LOCKED[alone, removing], {"tenant": name}).scalar()
     if found is None:
         raise unknown("tenant")
     return int(found)
