@@ -82,12 +82,15 @@ def serve(config: VerdictConfig, ready: Callable[[str], None]) -> None:
     Raises:
         UsageError: the address is taken, TLS or a policy is wrong, …
     """
+    from .plugins import Plugins
+
     host, port = config.address
     with _multiprocess_metrics(config), serving.listen(host, port) as listening:
         shown = f"[{host}]" if ":" in host else host
         # What is wrong is found, and told, here, before any worker begins.
-        with open_store(config), contextlib.suppress(KeyboardInterrupt):
+        with open_store(config) as store:
             _tls(config)
+            Plugins(config, store)
         ready(f"https://{shown}:{listening.getsockname()[1]}")
         if config.workers == 1:
             work(config, listening)
