@@ -433,7 +433,7 @@ def _split(url: str) -> tuple[str, int, str]:
 
 def _body(response: http.client.HTTPResponse, connection: http.client.HTTPSConnection, limit: int, end: float) -> bytes:
     data = bytearray()
-    while chunk := response.read1(65536):
+    while chunk := response.read(16384):
         data += chunk
         if len(data) > limit:
             connection.close()
