@@ -12,7 +12,7 @@ from fastapi.responses import StreamingResponse
 
 from ..store import SYSTEM, AuditReport
 from . import models
-from .common import Auditor, Limit, SystemAuditor, TenantName, changing
+from .common import Auditor, Limit, SystemAuditor, TenantName, changing, existing
 
 if TYPE_CHECKING:
     from ..store import Store
@@ -42,9 +42,17 @@ def routes(store: Store) -> APIRouter:
     ) -> Any:
         """Times without a zone are in UTC; `until` is excluded."""
         found = store.audit.entries(
-            tenant, after=after or 0, before=before, limit=limit + 1, newest_first=newest_first, action=action,
-            decision=decision, actor=actor, since=_aware(since), until=_aware(until),
-        )  # fmt: skip
+            existing(store, tenant, system=True),
+            after=after or 0,
+            before=before,
+            limit=limit + 1,
+            newest_first=newest_first,
+            action=action,
+            decision=decision,
+            actor=actor,
+            since=_aware(since),
+            until=_aware(until),
+        )
         shown = found[:limit]
         return {"items": [entry.to_dict() for entry in shown], "next": shown[-1].seq if len(found) > limit else None}
 

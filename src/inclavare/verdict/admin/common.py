@@ -89,6 +89,18 @@ def ordinary(tenant: str) -> str:
     return tenant
 
 
+def existing(store: Store, tenant: str, *, system: bool = False) -> str:
+    """The tenant, which there is.
+
+    Args:
+        system: the service itself will do, too.
+
+    Raises:
+        Invalid, NotFound: it is the service itself, or there is none.
+    """
+    return tenant if system and tenant == SYSTEM else store.tenants.get(ordinary(tenant)).name
+
+
 def page(items: Sequence[_T], name: Callable[[_T], str], after: str, limit: int) -> dict[str, Any]:
     """A page of items that are sorted here by a unique name."""
     left = sorted((item for item in items if name(item) > after), key=name)

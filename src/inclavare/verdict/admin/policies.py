@@ -14,7 +14,7 @@ from ...errors import EvidenceError, InclavareError, PlatformError, UsageError
 from .. import decide
 from ..rules import make_rule, reason
 from . import models
-from .common import HEX, Auditor, Cursor, Limit, Operator, PolicyId, TenantName, changing, ordinary, page
+from .common import HEX, Auditor, Cursor, Limit, Operator, PolicyId, TenantName, changing, existing, ordinary, page
 from .problems import Failed
 
 if TYPE_CHECKING:
@@ -29,9 +29,6 @@ def routes(store: Store) -> APIRouter:
     """``/tenants/{tenant}/policies``, ``/policy-defaults``, ``/dry-run`` and ``/evidence``."""
     made = APIRouter(prefix="/tenants/{tenant}", tags=["policies"])
 
-    def existing(tenant: str) -> str:
-        return store.tenants.get(ordinary(tenant)).name
-
     def in_force(tenant: str, id: str) -> PolicyVersion | None:
         return next((one for one in store.policies.list(tenant) if one.id == id), None)
 
@@ -41,7 +38,7 @@ def routes(store: Store) -> APIRouter:
 
     @made.get("/policies", response_model=models.Page[models.Policy], summary="The version in force of each policy")
     def list_policies(who: Auditor, tenant: TenantName, limit: Limit = 100, after: Cursor = "") -> Any:
-        return page(store.policies.list(existing(tenant)), lambda policy: policy.id, after, limit)
+        return page(store.policies.list(existing(store, tenant)), lambda policy: policy.id, after, limit)
 
     @made.put(
         "/policies/{id}",
@@ -61,7 +58,7 @@ def routes(store: Store) -> APIRouter:
     ) -> Any:
         """The text is checked first. Putting the text that is in force changes nothing."""
         check(id, body.kind, body.text)
-        old = in_force(existing(tenant), id)
+        old = in_force(existing(store, tenant), id)
         expected = None
         if if_match is not None:
             if old is None or if_match.strip() not in ("*", etag(old)):
@@ -123,7 +120,7 @@ def routes(store: Store) -> APIRouter:
 
     @made.get("/evidence", response_model=models.Page[models.Evidence], summary="Evidence kept for dry-runs")
     def list_evidence(who: Auditor, tenant: TenantName, limit: Limit = 100, after: Cursor = "") -> Any:
-        return page(store.evidence.list(existing(tenant)), lambda one: one.digest, after, limit)
+        return page(store.evidence.list(existing(store, tenant)), lambda one: one.digest, after, limit)
 
     @made.get("/evidence/{digest}", response_model=models.Evidence, summary="Metadata of kept evidence")
     def get_evidence(who: Auditor, tenant: TenantName, digest: _Digest) -> Any:
@@ -132,7 +129,7 @@ def routes(store: Store) -> APIRouter:
     @made.post("/dry-run", response_model=models.DryRun, summary="Try a policy out on kept evidence")
     def dry_run(who: Operator, tenant: TenantName, body: models.DryRunPost) -> Any:
         """Decides again, at the time when the evidence was kept. Nothing is changed or released."""
-        kept = {one.digest: one for one in store.evidence.list(existing(tenant))}
+        kept = {one.digest: one for one in store.evidence.list(existing(store, tenant))}
         kind, text = body.kind, body.text
         if body.policy is not None:
             if kind is not None or text is not None:

@@ -13,7 +13,7 @@ from ...attestation.signers import TrustedSigners, load_public_key
 from ...errors import UsageError
 from ..store import Conflict, Invalid, NotFound
 from . import models
-from .common import DIGEST, IDENTIFIER, Auditor, Cursor, Limit, Operator, TenantName, changing, ordinary, page
+from .common import DIGEST, IDENTIFIER, Auditor, Cursor, Limit, Operator, TenantName, changing, existing, ordinary, page
 
 if TYPE_CHECKING:
     from ..store import Store
@@ -32,12 +32,9 @@ def routes(store: Store) -> APIRouter:
     """``/tenants/{tenant}/references`` and ``/signers``."""
     made = APIRouter(prefix="/tenants/{tenant}", tags=["references"])
 
-    def existing(tenant: str) -> str:
-        return store.tenants.get(ordinary(tenant)).name
-
     @made.get("/references", response_model=models.Page[models.Reference], summary="Bundles, revoked ones too")
     def list_references(who: Auditor, tenant: TenantName, limit: Limit = 100, after: Cursor = "") -> Any:
-        return page(store.references.list(existing(tenant)), lambda one: one.digest, after, limit)
+        return page(store.references.list(existing(store, tenant)), lambda one: one.digest, after, limit)
 
     @made.post(
         "/references",
@@ -50,7 +47,7 @@ def routes(store: Store) -> APIRouter:
     def register(request: Request, response: Response, who: Operator, tenant: TenantName) -> Any:
         """A trusted signer must have signed it. It is kept byte for byte, and verified again whenever it counts."""
         envelope: bytes = request.scope["verdict.body"]
-        signers = store.references.signers(existing(tenant))
+        signers = store.references.signers(existing(store, tenant))
         if not signers:
             raise Invalid(
                 "the tenant trusts no signer",
@@ -104,7 +101,7 @@ def routes(store: Store) -> APIRouter:
 
     @made.get("/signers", response_model=list[models.Signer], summary="Whose bundles the tenant takes")
     def list_signers(who: Auditor, tenant: TenantName) -> Any:
-        return [signer.to_dict() for signer in store.references.signers(existing(tenant))]
+        return [signer.to_dict() for signer in store.references.signers(existing(store, tenant))]
 
     @made.put(
         "/signers/{name}",
@@ -117,7 +114,7 @@ def routes(store: Store) -> APIRouter:
         if "PRIVATE" in body.public_key or not body.public_key.isascii():
             raise UsageError("this is not a public key", id="reference.key", expected="PEM, BEGIN PUBLIC KEY")
         load_public_key(body.public_key.encode(), "public_key")
-        known = {signer.name: signer for signer in store.references.signers(existing(tenant))}
+        known = {signer.name: signer for signer in store.references.signers(existing(store, tenant))}
         if name in known and known[name].public_key.strip() == body.public_key.strip():
             response.status_code = 200
             return known[name].to_dict()

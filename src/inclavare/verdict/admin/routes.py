@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,8 @@ def application(store: Store, config: VerdictConfig, refused: Callable[[Any, For
 
     @app.exception_handler(HTTPException)
     async def of_framework(request: Request, error: HTTPException) -> Response:
-        return _response(of_http(error.status_code, dict(error.headers or {})))
+        headers = {} if error.status_code != 405 else {"allow": ", ".join(_methods(app, request.url.path))}
+        return _response(of_http(error.status_code, headers))
 
     @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> Response:
@@ -86,6 +88,18 @@ def application(store: Store, config: VerdictConfig, refused: Callable[[Any, For
 
     app.openapi = lambda: _describe(app, config)  # type: ignore[method-assign]
     return app
+
+
+def _methods(app: FastAPI, path: str) -> list[str]:
+    """What a path is served for: the framework names those of its first route only (RFC 9110, section 10.2.1)."""
+    return sorted(
+        {
+            method.upper()
+            for template, operations in app.openapi()["paths"].items()
+            if re.fullmatch(re.sub(r"\\{[^}]*\\}", "[^/]+", re.escape(template)), path)
+            for method in operations
+        }
+    )
 
 
 def _response(answer: Answer) -> Response:

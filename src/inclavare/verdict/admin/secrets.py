@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from ..store.names import MAX_SECRET
 from . import models
-from .common import IDENTIFIER, SEGMENT, Auditor, Cursor, Limit, Operator, TenantName, changing, ordinary
+from .common import IDENTIFIER, SEGMENT, Auditor, Cursor, Limit, Operator, TenantName, changing, existing, ordinary
 from .problems import Failed, of_request
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def routes(store: Store) -> APIRouter:
 
     @made.get("", response_model=models.Page[models.Secret], summary="The newest version of each secret")
     def list_secrets(who: Auditor, tenant: TenantName, limit: Limit = 100, after: Cursor = "") -> Any:
-        found = store.secrets.list(_existing(store, tenant), after=after, limit=limit + 1)
+        found = store.secrets.list(existing(store, tenant), after=after, limit=limit + 1)
         shown = found[:limit]
         return {"items": [info.to_dict() for info in shown],
                 "next": shown[-1].path if len(found) > limit else None}  # fmt: skip
@@ -113,10 +113,6 @@ def routes(store: Store) -> APIRouter:
             store.secrets.delete(tenant, path, version)
 
     return made
-
-
-def _existing(store: Store, tenant: str) -> str:
-    return store.tenants.get(ordinary(tenant)).name
 
 
 def _parsed(body: bytes) -> models.SecretPut:

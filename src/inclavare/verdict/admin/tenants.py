@@ -13,7 +13,7 @@ from .. import store as stored
 from ..auth import EVERY, Principal
 from ..store import SYSTEM
 from . import models
-from .common import Auditor, Cursor, Limit, SystemAdmin, SystemAuditor, TenantName, changing, ordinary, page
+from .common import Auditor, Cursor, Limit, SystemAdmin, SystemAuditor, TenantName, changing, existing, ordinary, page
 
 if TYPE_CHECKING:
     from ..config import VerdictConfig
@@ -71,7 +71,7 @@ def routes(store: Store, config: VerdictConfig) -> APIRouter:
 
     @made.delete("/tenants/{tenant}", status_code=204, summary="Remove a tenant with everything but its audit trail")
     def delete_tenant(who: SystemAdmin, tenant: TenantName) -> None:
-        store.tenants.get(ordinary(tenant))
+        existing(store, tenant)
         with (
             changing(store, who, SYSTEM, "tenant.delete", {"tenant": tenant}),
             changing(store, who, tenant, "tenant.delete"),

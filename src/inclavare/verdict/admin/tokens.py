@@ -9,7 +9,7 @@ from fastapi import APIRouter, Path
 from ..auth import issue
 from ..store import Invalid
 from . import models
-from .common import Admin, Cursor, Limit, TenantName, changing, page
+from .common import Admin, Cursor, Limit, TenantName, changing, existing, page
 
 if TYPE_CHECKING:
     from ..config import VerdictConfig
@@ -24,7 +24,7 @@ def routes(store: Store, config: VerdictConfig) -> APIRouter:
 
     @made.get("", response_model=models.Page[models.Token], summary="Tokens, revoked ones too")
     def list_tokens(who: Admin, tenant: TenantName, limit: Limit = 100, after: Cursor = "") -> Any:
-        return page(store.tokens.list(tenant), lambda token: token.jti, after, limit)
+        return page(store.tokens.list(existing(store, tenant, system=True)), lambda token: token.jti, after, limit)
 
     @made.post("", response_model=models.NewToken, status_code=201, summary="Make a token")
     def create_token(who: Admin, tenant: TenantName, body: models.TokenPost) -> Any:
