@@ -325,12 +325,12 @@ def fifty(bench: Bench, n: int) -> Iterator[Measurement]:
 
 def measured(bench: Bench, n: int) -> Iterator[Measurement]:
     """MRENCLAVE of a GiB, beside openssl's bare SHA-256 of the same machine; EEXTEND hashes 1.27 bytes for each."""
-    from sgx import GIB, measuring, openssl_rate
+    from measure import GIB, measuring, openssl_rate
 
     rounds = max(3, n // 10)
     bare: list[float] = []
     found: dict[str, list[float]] = {}
-    for name, work in measuring():
+    for name, work in measuring(bench.root):
         for _ in range(rounds):
             bare.append(openssl_rate())
             started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Measuring a large enclave; enclave calls, quotes and seals per second on the software platform; used by run.py.
+"""Enclave calls, quotes and seals per second on the software platform; used by run.py.
 
 An enclave call is one EENTER, the skeleton enclave's own instructions in the emulator, and one EEXIT. The round trip is
 an enclave that does nothing but leave.
@@ -7,14 +7,9 @@ an enclave that does nothing but leave.
 from __future__ import annotations
 
 import datetime
-import mmap
-import os
-import re
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -39,8 +34,6 @@ from inclavare.tee.sgx_sim import fuses
 from inclavare.tee.sgx_sim.emulator import EmulatedEnclave
 from inclavare.tee.sgx_sim.processor import Processor
 from inclavare.tee.skeleton.protocol import Client
-
-GIB = 1 << 30
 
 
 def sign(image: EnclaveImage) -> bytes:
@@ -71,35 +64,6 @@ def leaving() -> EnclaveImage:
         PageRun(2 * PAGE_SIZE, PT_REG | SECINFO_R | SECINFO_W, 2),
     )
     return EnclaveImage(4 * PAGE_SIZE, 1, ATTRIBUTE_MODE64BIT, XFRM_LEGACY, 0, runs)
-
-
-def openssl_rate() -> float:
-    """MB/s of SHA-256 as ``openssl speed`` measures it, one second of 16 KiB blocks."""
-    done = subprocess.run(
-        ["openssl", "speed", "-elapsed", "-bytes", "16384", "-seconds", "1", "sha256"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return float(re.findall(r"([\d.]+)k", done.stdout)[-1]) / 1000
-
-
-def measuring() -> Iterator[tuple[str, Callable[[], object]]]:
-    """MRENCLAVE of a GiB whose every page is measured, from a file, from zeros, and of a Gramine enclave."""
-    with tempfile.TemporaryFile(dir="/var/tmp") as file:
-        piece = os.urandom(1 << 20)
-        for _ in range(1024):
-            file.write(piece)
-        file.flush()
-        with mmap.mmap(file.fileno(), GIB, prot=mmap.PROT_READ) as view:
-            pages = memoryview(view)
-            run = PageRun(0, PT_REG | SECINFO_R | SECINFO_W, GIB // PAGE_SIZE, pages)
-            image = EnclaveImage(2 * GIB, 1, ATTRIBUTE_MODE64BIT, XFRM_LEGACY, 0, (run,))
-            yield "pages of a file", partial(measure, image)
-            pages.release()
-    zeros = PageRun(0, PT_REG | SECINFO_R | SECINFO_W, GIB // PAGE_SIZE)
-    empty = EnclaveImage(2 * GIB, 1, ATTRIBUTE_MODE64BIT, XFRM_LEGACY, 0, (zeros,))
-    yield "pages of zeros", partial(measure, empty)
 
 
 def rate(work: Callable[[], object], seconds: float = 0.5) -> float:

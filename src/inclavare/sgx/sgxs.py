@@ -15,7 +15,7 @@ import hashlib
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import BinaryIO
 
 from ..errors import UsageError
@@ -29,6 +29,7 @@ _ECREATE = struct.Struct("<8sIQ44s")
 _EADD = struct.Struct("<8sQQ40s")
 _CHUNK = struct.Struct("<8sQ48s")
 _CHUNKS = PAGE_SIZE // CHUNK
+_HEADERS = _EADD.size + _CHUNKS * _CHUNK.size
 #: Pages read at once.
 _BATCH = 64
 
@@ -160,19 +161,17 @@ class Stream:
     def _whole_pages(self, offset: int, flags: int) -> _Piece | None:
         """As many pages as come next with the same flags, one after the other, each with all chunks of one kind."""
         self._fill(_BATCH * PAGE_BLOCKS)
-        count = min(len(self._buffer) // PAGE_BLOCKS, (self.header.size - offset) // PAGE_SIZE)
+        count = min(_BATCH, len(self._buffer) // PAGE_BLOCKS, (self.header.size - offset) // PAGE_SIZE)
         tag = bytes(self._buffer[_EADD.size : _EADD.size + 8])
         if not count or tag not in (EEXTEND, UNMEASRD):
             return None
-        expected = memoryview(bytearray(_headers(flags, tag) * count))
-        Offsets(offset, count, _CHUNKS).fill(expected, 0, count)
-        while True:
-            found = b"".join(_cut(count, headers=True).unpack_from(self._buffer))
-            if found == expected[: len(found)]:
-                break
+        expected = bytearray(_headers(flags, tag) * count)
+        _offsets().fill(memoryview(expected), offset // PAGE_SIZE, count)
+        while b"".join(_cut(count, headers=True).unpack_from(self._buffer)) != expected:
             if count == 1:
                 return None
             count //= 2
+            del expected[count * _HEADERS :]
         packed = self._take(count * PAGE_BLOCKS)
         measured = tag == EEXTEND
         raw = (
@@ -317,6 +316,11 @@ def _cut(pages: int, *, headers: bool) -> struct.Struct:
 def _page_format(header: str, chunk: str) -> str:
     first = f"{_EADD.size + _CHUNK.size}{header}{CHUNK}{chunk}"
     return first + f"{_CHUNK.size}{header}{CHUNK}{chunk}" * (_CHUNKS - 1)
+
+
+@cache
+def _offsets() -> Offsets:
+    return Offsets(0, _BATCH, _CHUNKS)
 
 
 @lru_cache(maxsize=8)
