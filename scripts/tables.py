@@ -273,7 +273,9 @@ def policy_keys() -> str:
     found = re.findall(r"^(\w+) = (.*?) +# (.*)$", block, re.MULTILINE)
     if [name for name, _, _ in found] and {name for name, _, _ in found} != set(policy._KEYS):
         sys.exit("scripts/tables.py: the docstring of attestation/policy.py does not name every key")
-    return table(("Key", "Example", "Meaning"), ((f"`{name}`", f"`{value}`", text) for name, value, text in found))
+    tees = literal((policy.__doc__ or "").partition("::\n")[2])
+    head = table(("Key", "Example", "Meaning"), ((f"`{name}`", f"`{value}`", text) for name, value, text in found))
+    return f"{head}\nTrust domains and SEV-SNP guests have tables of their own:\n\n```toml\n{tees}```\n"
 
 
 def tcb_statuses() -> str:
@@ -325,7 +327,10 @@ def events() -> str:
                 first = node.args[0]
                 if isinstance(first, ast.Constant):
                     given = [word.value for word in node.keywords if word.arg == "level"]
-                    levels[str(first.value)] = str(ast.literal_eval(given[0])) if given else "info"
+                    constant = given and isinstance(given[0], ast.Constant)
+                    levels[str(first.value)] = str(ast.literal_eval(given[0])) if constant else "info"
+                    if given and not constant:
+                        levels[str(first.value)] = "warning or error"
     rows = described(_EVENTS, [name for name in _EVENTS if name in levels] + sorted(levels.keys() - _EVENTS.keys()))
     return table(("Event", "Level", "Meaning"), ((f"`{name}`", levels[name], text) for name, text in rows))
 

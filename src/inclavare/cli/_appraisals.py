@@ -185,7 +185,7 @@ def show_appraisal(appraisal: Appraisal) -> None:
     verdict = click.style("accepted", fg="green") if appraisal.accepted else click.style("refused", fg="red")
     click.echo(f"{verdict}: {_identity(appraisal.claims.to_dict())}")
     for failure in appraisal.failures:
-        parts = ("found", "expected", "remedy", "id")
+        parts = ("found", "expected", "reference", "remedy", "id")
         print_fields([(part, getattr(failure, part)) for part in parts], title=f"failed claim: {failure.claim}")
     print_fields(_rows(appraisal.claims.to_dict()), title="claims")
 
