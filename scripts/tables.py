@@ -314,6 +314,14 @@ _EVENTS = {
     "guard.create.abandoned": "the creation failed or was interrupted; everything is taken back",
     "guard.meta.unwritable": "the container's `meta.json` could not be written (full disk)",
     "guard.fault": "an unexpected error of the guard: a defect, report it",
+    "secret.released": "verdictd released a secret of the manifest: `uri`",
+    "secret.renewed": "a secret changed at verdictd, and its file with it: `uri`",
+    "secret.refused": "a secret of the manifest was refused or could not be had: `uri`, `reason`, `found`",
+    "secret.refresh.fault": "an unexpected error while secrets were fetched again: a defect, report it",
+    "guest_api.started": "the in-guest REST interface of Confidential Containers answers in the container's network",
+    "guest_api.off": "it does not, and why",
+    "guest_api.refused": "somebody outside of the container asked it",
+    "guest_api.fault": "an unexpected error of it: a defect, report it",
     "rune.run.interrupted": "a foreground `run` was killed; its container is killed",
 }
 
