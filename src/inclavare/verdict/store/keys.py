@@ -16,11 +16,16 @@ from .crypto import Envelope
 from .database import Database
 from .errors import Conflict
 from .keyring import Keyring, signing_key_aad
-from .models import SigningKeyRow
+from .models import SigningKeyRow, table
 from .types import KeyKind, SigningKey
 
 _K = SigningKeyRow
 _ALGORITHMS: dict[KeyKind, str] = {"ear": "ES256", "admin": "EdDSA", "audit": "EdDSA"}
+_VALID = (
+    sa.select(*table(SigningKeyRow).c)
+    .where(_K.kind == sa.bindparam("kind"), sa.or_(_K.retires.is_(None), _K.retires > sa.bindparam("now")))
+    .order_by(_K.retires.is_not(None), _K.created.desc())
+)
 #: For so long a replica signs with a key that another one has exchanged.
 CACHE_SECONDS = 5.0
 OVERLAP = timedelta(days=1)
@@ -61,11 +66,8 @@ class Keys:
 
     def list(self, kind: KeyKind) -> Sequence[SigningKey]:
         """All keys whose signatures are accepted now: the current one first, then those that retire."""
-        query = sa.select(*_K.__table__.columns).where(
-            _K.kind == kind, sa.or_(_K.retires.is_(None), _K.retires > self._database.now())
-        )
-        newest = (_K.retires.is_not(None), _K.created.desc())
-        rows = self._database.read(lambda connection: connection.execute(query.order_by(*newest)).all())
+        values = {"kind": kind, "now": self._database.now()}
+        rows = self._database.read(lambda connection: connection.execute(_VALID, values).all())
         return [self._open(row) for row in rows]
 
     def every(self, kind: KeyKind) -> Sequence[SigningKey]:

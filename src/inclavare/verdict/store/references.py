@@ -17,7 +17,7 @@ from .database import Database, conflicts
 from .errors import Conflict, Invalid, unknown
 from .keyring import Keyring
 from .models import ReferenceRow, SignerRow, TenantRow
-from .tenants import charge, tenant_id, tenant_is
+from .tenants import OF_TENANT, charge, tenant_id, tenant_is
 from .types import ReferenceInfo, Signer
 
 _R, _S = ReferenceRow, SignerRow
@@ -131,17 +131,7 @@ class ReferenceBundles:
 
     def revision(self, tenant: str) -> str:
         """Changes whenever :meth:`active` might, except by time: for caches of parsed bundles."""
-        query = (
-            sa.select(sa.func.count(), sa.func.max(_R.registered), sa.func.max(_R.revoked), sa.func.count(_R.revoked))
-            .join(TenantRow, TenantRow.id == _R.tenant_id)
-            .where(tenant_is(tenant))
-        )
-        signers = (
-            sa.select(sa.func.count(), sa.func.max(_S.created))
-            .join(TenantRow, TenantRow.id == _S.tenant_id)
-            .where(tenant_is(tenant))
-        )
-        found = self._database.read(lambda c: (*c.execute(query).one(), *c.execute(signers).one()))
+        found = self._database.read(lambda connection: connection.execute(_REVISION, {"tenant": tenant}).first())
         return sha256(repr(found).encode()).hexdigest()
 
     def revoke(self, tenant: str, digest: str, reason: str) -> ReferenceInfo:
@@ -264,3 +254,18 @@ def _query(tenant: str, *more: Any) -> Any:
     columns = (getattr(_R, name) for name in (*_FIELDS, "tenant_id", "mac"))
     joined = sa.select(TenantRow.uid, *columns, *more).join(TenantRow, TenantRow.id == _R.tenant_id)
     return joined.where(tenant_is(tenant))
+
+
+def _aggregate(column: Any, owner: Any) -> Any:
+    return sa.select(column).where(owner == TenantRow.id).correlate(TenantRow).scalar_subquery()
+
+
+# Made once: every decision asks for it.
+_REVISION = sa.select(
+    TenantRow.uid,
+    *(
+        _aggregate(column, _R.tenant_id)
+        for column in (sa.func.count(), sa.func.max(_R.registered), sa.func.count(_R.revoked), sa.func.max(_R.revoked))
+    ),
+    *(_aggregate(column, _S.tenant_id) for column in (sa.func.count(), sa.func.max(_S.created))),
+).where(OF_TENANT)

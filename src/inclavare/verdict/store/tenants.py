@@ -84,8 +84,7 @@ class Tenants:
         Raises:
             NotFound: there is none of this name.
         """
-        query = sa.select(*TenantRow.__table__.columns).where(TenantRow.name == name, TenantRow.deleted.is_(None))
-        row = self._database.read(lambda connection: connection.execute(query).first())
+        row = self._database.read(lambda connection: connection.execute(_GET, {"tenant": name}).first())
         if row is None:
             raise unknown("tenant")
         return _tenant(row)
@@ -142,6 +141,7 @@ def tenant_is(name: str) -> sa.ColumnElement[bool]:
 
 #: The same for statements that are made once: its name is the parameter ``tenant``.
 OF_TENANT = sa.and_(_T.name == sa.bindparam("tenant", type_=sa.String()), _T.deleted.is_(None))
+_GET = sa.select(*_T).where(OF_TENANT)
 
 # Without the lock that a foreign key's check takes, a tenant could be deleted under a row that is being written.
 _LOCKED = {

@@ -55,10 +55,8 @@ class Tokens:
 
         A signed token whose ``jti`` is not found here must be refused; so must one whose tenant or role differs.
         """
-        query = _query().where(
-            _T.jti == jti, _T.revoked.is_(None), _T.expires > self._database.now(), TenantRow.deleted.is_(None)
-        )
-        row = self._database.read(lambda connection: connection.execute(query).first())
+        values = {"jti": jti, "now": self._database.now()}
+        row = self._database.read(lambda connection: connection.execute(_FIND, values).first())
         return None if row is None else TokenInfo(**row._mapping)
 
     def is_revoked(self, jti: str) -> bool:
@@ -98,3 +96,8 @@ class Tokens:
 
 def _query() -> Any:
     return sa.select(*_COLUMNS).join(TenantRow, TenantRow.id == _T.tenant_id)
+
+
+_FIND = _query().where(
+    _T.jti == sa.bindparam("jti"), _T.revoked.is_(None), _T.expires > sa.bindparam("now"), TenantRow.deleted.is_(None)
+)
