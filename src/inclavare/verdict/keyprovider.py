@@ -419,7 +419,7 @@ def _handler(call: Callable[[bytes, dict[str, str], str], bytes]) -> Callable[[b
             return encode(call(decode(raw), metadata, context.peer()))
         except InclavareError as error:
             event("keyprovider.refused", reason=error.id, peer=context.peer())
-            code = next((code for kind, code in by_class if isinstance(error, kind)), codes.UNAVAILABLE)  # type: ignore[arg-type]
+            code = next((code for kind, code in by_class if isinstance(error, kind)), codes.UNAVAILABLE)
             context.abort(code, error.one_line())
         except Exception as error:
             # Not with its text, which may quote what must not be seen.
@@ -445,7 +445,7 @@ def _private_directory(directory: Path) -> None:
 
 def _grpc() -> Any:
     try:
-        import grpc
+        import grpc  # type: ignore[import-untyped]
     except ImportError as error:
         raise missing(error) from None
     return grpc
