@@ -28,6 +28,7 @@ from inclavare.runelet import admission
 from inclavare.runtimes import base as runtimes
 from inclavare.shield import attestfs
 from inclavare.tee import base as tee
+from inclavare.verdict import config as verdictd
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 SOURCE = Path(errors.__file__).parent
@@ -78,8 +79,8 @@ _VARIABLES = {
     "ENCLAVE_RA_TYPE": "no effect: quotes are ECDSA quotes",
 }
 _PLATFORMS = {
-    "sgx": "Intel SGX hardware. Its evidence is verified; **loading enclaves is not implemented**, and is refused "
-    "with the reason",
+    "sgx": "Intel SGX hardware. Its evidence is verified; its driver is there but **has not run on hardware yet**, and "
+    "the `native` enclave runtime refuses it, where it would protect nothing",
     "sgx-sim": "software, a **simulation**: real formats, no protection against the host's root",
 }
 _RUNTIMES = {
@@ -288,6 +289,11 @@ def configuration() -> str:
     return f"```toml config\n{literal(config.__doc__ or '')}```\n"
 
 
+def verdictd_configuration() -> str:
+    """verdictd.toml, from its module's own example."""
+    return f"```toml\n{literal(verdictd.__doc__ or '')}```\n"
+
+
 def literal(text: str) -> str:
     """The literal block of a docstring (after ``::``)."""
     block = inspect.cleandoc(text).partition("::\n")[2]
@@ -420,6 +426,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "policy-keys": policy_keys,
     "tcb-statuses": tcb_statuses,
     "configuration": configuration,
+    "verdictd-configuration": verdictd_configuration,
     "events": events,
     "exit-codes": exit_codes,
     "references": references,
