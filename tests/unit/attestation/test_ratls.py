@@ -610,6 +610,19 @@ def test_swapped_extension(enclave: Enclave, client: ratls.Context) -> None:
     assert error.id == "evidence.key.binding"
 
 
+def test_swapped_extension_with_fresh_evidence_behind_it(enclave: Enclave, client: ratls.Context) -> None:
+    """Whoever shows evidence for another key in its certificate is refused, whatever it answers later."""
+    key = new_key()
+    value = extensions(ratls.make(enclave.attester, new_key()))[OID_DICE_EVIDENCE]
+    swapped = reissue(ratls.make(enclave.attester, key), key, _2_23_133_5_4_9=value)
+    error = attack(
+        client,
+        Credential(key, swapped, float("inf")),
+        lambda nonce: ratls.make(enclave.attester, key, nonce=nonce, endorsements=True),
+    )
+    assert error.id == "evidence.key.binding"
+
+
 def test_another_platforms_collateral(enclave: Enclave, tmp_path_factory: pytest.TempPathFactory) -> None:
     from inclavare.config import Config
     from inclavare.tee.sgx_sim import create

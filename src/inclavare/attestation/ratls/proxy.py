@@ -17,7 +17,7 @@ from ... import serving
 from ...errors import InclavareError, PlatformError, UsageError
 from .contexts import Context
 from .session import Peer
-from .streams import AttestedTransport, Link, create_connection
+from .streams import WRITE_BUFFER, AttestedTransport, Link, create_connection
 
 #: Told of each event: its id and fields.
 Tell = Callable[..., None]
@@ -58,6 +58,7 @@ class _End(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
+        self.transport.set_write_buffer_limits(WRITE_BUFFER)
         self._pair.on_made(self)
 
     def data_received(self, data: bytes) -> None:

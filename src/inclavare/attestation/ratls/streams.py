@@ -10,6 +10,8 @@ from ...errors import InclavareError
 from .session import Job, Peer, Session
 from .sockets import HANDSHAKE_TIMEOUT, SessionMaker, timed_out, unreachable
 
+#: Bytes that may wait for the network before the writer is paused.
+WRITE_BUFFER = 1 << 19
 #: Called for each connection that was refused: the peer's address, and why.
 OnRefused = Callable[[Any, InclavareError], None]
 Handler = Callable[["asyncio.StreamReader", "AttestedWriter"], Awaitable[None]]
@@ -134,6 +136,8 @@ class Link(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """TCP is there; TLS begins."""
         self.raw = cast("asyncio.Transport", transport)
+        # As asyncio's own TLS has it: a chunk must not fill the buffer each time.
+        self.raw.set_write_buffer_limits(WRITE_BUFFER)
         self._timer = self._loop.call_later(self._timeout, self._on_timeout)
         self._start(Job(lambda: self._context.session(self._server_name), self._on_session))
 
