@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .._output import json_option, print_fields, print_json
+from .._output import json_option, note, print_fields, print_json
 from ._service import config_option, path_of
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def command(
     schema = migrate(config.store_url())
     with open_store(config) as store:
         made = _make_tenant(store, config, tenant)
+        token = _first_token(store, config)
     shown = {
         "config": str(path),
         "certificate": str(config.certificate),
@@ -58,10 +59,14 @@ def command(
         "tenant": tenant,
         "new_tenant": made,
     }
+    if token:
+        shown["token"] = token
     if as_json:
         print_json(shown)
-    else:
-        print_fields(shown.items(), title="verdictd is ready: inclavare verdictd serve")
+        return
+    print_fields(shown.items(), title="verdictd is ready: inclavare verdictd serve")
+    if token:
+        note("this token is shown once; with it: inclavare verdict login URL --fingerprint …")
 
 
 def _write_config(path: Path, state_dir: Path | None, listen: str | None) -> None:
@@ -113,3 +118,17 @@ def _make_tenant(store: Store, config: VerdictConfig, tenant: str) -> bool:
     except Conflict:
         return False
     return True
+
+
+def _first_token(store: Store, config: VerdictConfig) -> str | None:
+    """A token for whoever sets the service up, of one day, if no token for every tenant was ever made here."""
+    from ...verdict.auth import issue
+    from ...verdict.store import SYSTEM
+
+    lifetime = min(86400, int(config.auth.token_life))
+    if store.tokens.list(SYSTEM) or store.audit.entries(SYSTEM, action="token.create", limit=1):
+        return None
+    store.audit.append(
+        SYSTEM, "host", "token.create", "allowed", {"name": "init", "role": "admin", "lifetime": lifetime}
+    )
+    return issue(store, SYSTEM, "init", "admin", lifetime)[1]
