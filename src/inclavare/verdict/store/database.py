@@ -370,10 +370,18 @@ def parse_url(text: str) -> URL:
 
 
 def _hosts(url: URL) -> list[str]:
-    queried = url.query.get("host", ())
-    named = [url.host or "", *([queried] if isinstance(queried, str) else queried)]
-    found = [part for item in named for part in item.split(",") if part]
-    return found or [part for part in os.environ.get("PGHOST", "").split(",") if part]
+    """Wherever libpq may connect to: the URL's hosts, what it takes from the environment, a service file's unknown."""
+
+    def parts(name: str, variable: str) -> list[str]:
+        queried = url.query.get(name, ())
+        named = [queried] if isinstance(queried, str) else list(queried)
+        if name == "host" and url.host:
+            named.append(url.host)
+        found = [part for item in named for part in item.split(",") if part]
+        return found or [part for part in os.environ.get(variable, "").split(",") if part]
+
+    service = [f"service {name}" for name in parts("service", "PGSERVICE")]
+    return parts("host", "PGHOST") + parts("hostaddr", "PGHOSTADDR") + service
 
 
 def _is_local(host: str) -> bool:

@@ -38,6 +38,8 @@ def test_other_urls(url: str) -> None:
         "postgresql://db.example.com/x?sslmode=verify-ca",
         "postgresql:///x?host=localhost,db.example.com",
         "postgresql://localhost/x?host=db.example.com&sslmode=disable",
+        "postgresql://localhost/x?hostaddr=192.0.2.1",
+        "postgresql:///x?service=production",
     ],
 )
 def test_no_connection_to_another_host_without_verified_tls(url: str) -> None:
@@ -45,8 +47,13 @@ def test_no_connection_to_another_host_without_verified_tls(url: str) -> None:
     assert "sslmode=verify-full" in str(error.remedy)
 
 
-def test_no_connection_to_another_host_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PGHOST", "db.example.com")
+@pytest.mark.parametrize(
+    ("name", "value"), [("PGHOST", "db.example.com"), ("PGHOSTADDR", "192.0.2.1"), ("PGSERVICE", "x")]
+)
+def test_no_connection_to_another_host_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
     refused("verdict.store.url.tls", parse_url, "postgresql:///x")
 
 

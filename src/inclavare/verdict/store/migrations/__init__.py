@@ -95,7 +95,7 @@ def check(engine: Engine) -> None:
         id="verdict.store.schema.older",
         found=f"schema {found}",
         expected=f"schema {head()}",
-        remedy="stop all replicas, make a backup, then: inclavare verdictd init",
+        remedy="make a backup with the version that it is of, stop all replicas, then: inclavare verdictd migrate",
     )
 
 
