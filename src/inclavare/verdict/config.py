@@ -35,7 +35,7 @@
 
     [attestation]
     nonce_life = "5m"                  # from challenge to evidence
-    threads = 4                        # blocking work (verification, policies, database) at once, in each process
+    threads = 8                        # blocking work (verification, policies, database) at once, in each process
     keep_evidence = true               # the newest, for dry-runs of changed policies
 
     [limits]
@@ -177,7 +177,7 @@ class Tokens(_Table, frozen=True):
 
 class AttestationSection(_Table, frozen=True):
     nonce_life: Seconds = Seconds(300)
-    threads: Annotated[int, Meta(ge=1, le=256)] = 4
+    threads: Annotated[int, Meta(ge=1, le=256)] = 8
     keep_evidence: bool = True
 
 

@@ -19,7 +19,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -65,6 +65,10 @@ _RECENT = 1000
 #: What the audit trail has of a denial: characters of each value, and reasons.
 _SHOWN = 512
 _REASONS = 16
+
+
+#: Claims without a default value.
+_NEEDED = frozenset(one.name for one in fields(Claims) if one.default is MISSING and one.default_factory is MISSING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -610,7 +614,7 @@ def _portable(claims: Claims) -> dict[str, Any]:
         claims = replace(claims, tdx=replace(claims.tdx, event_log=None))
     found = claims.to_dict()
     del found["endorsements"]
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in found.items() if value not in (None, "") or name in _NEEDED}
 
 
 def _identity(claims: Claims) -> tuple[str, ...]:
