@@ -152,7 +152,8 @@ def service(
     command = [sys.executable, "-c", "from inclavare.cli import main; main()", "verdictd"]
     file.write_text(
         f'listen = "127.0.0.1:0"\nstate_dir = "{base}/verdictd"\nworkers = {workers}\n'
-        f'[store]\nurl = "{url}"\n[attestation]\nnonce_life = "2h"\nthreads = {threads}\n[telemetry]\nlevel = "warning"\n'
+        f'[store]\nurl = "{url}"\n[attestation]\nnonce_life = "2h"\nthreads = {threads}\n'
+        '[telemetry]\nlevel = "warning"\n'
         '[limits]\nclient_requests = 1000000000\nconnection_life = "1h"\nverifications = 1024\n'
         "[tenants]\nrequests = 1000000000\n"
     )
