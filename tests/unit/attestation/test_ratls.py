@@ -32,6 +32,8 @@ from inclavare.attestation.evidence import OID_DICE_EVIDENCE, OIDS_LEGACY
 from inclavare.attestation.ratls import certificates, session, streams
 from inclavare.attestation.ratls.certificates import OID_ENDORSEMENTS, Credential
 from inclavare.attestation.ratls.session import CHALLENGE, DATA, END, EVIDENCE, RESULT, Session
+from inclavare.attestation.references import ReferenceBundle, References, Subject, sign, statement
+from inclavare.attestation.signers import KeySigner, TrustedSigners
 from inclavare.errors import AppraisalError, EvidenceError, InclavareError, PlatformError, UsageError
 from inclavare.sgx.quote import Quote
 from inclavare.tee.sgx_sim import SimulatedPlatform
@@ -334,6 +336,25 @@ def test_nothing_goes_through_before_the_peer_is_verified(client: ratls.Context,
     one.write(b"secret")
     pump(one, two)
     assert two.read() == b"secret"
+
+
+def test_reference_values(enclave: Enclave, server: ratls.Context) -> None:
+    """A policy that names an image takes its measurements from registered bundles; a revoked one is none."""
+    signer = KeySigner(ec.generate_private_key(ec.SECP256R1()))
+    measured: dict[str, str | int] = {"mrenclave": enclave.enclave.mrenclave.hex()}
+    now = int(time.time())
+    signed = sign(
+        statement([Subject("app", (("sha256", "12" * 32),))], [(("sgx-sim",), measured)],
+                  not_before=now - 60, not_after=now + 3600),
+        signer,
+    )  # fmt: skip
+    bundle = ReferenceBundle.parse(signed, TrustedSigners([signer.key.public_key()]))
+    policy = replace(enclave.policy, mrenclave=(), image="app")
+    accepted, _ = pair(ratls.client_context(policy, references=References([bundle])), server)
+    assert accepted.open
+    for references in (None, References(), References([bundle], {bundle.id: "a flaw"})):
+        refused, _ = pair(ratls.client_context(policy, references=references), server)
+        assert isinstance(refused.error, AppraisalError) and not refused.open
 
 
 def test_a_verifier_without_a_policy_does_not_exist() -> None:

@@ -17,7 +17,9 @@ from .certificates import Attester, Credential, Identity
 from .session import ALPN, LIFETIME, Check, Session, Terms, Verifier
 
 if TYPE_CHECKING:
+    from ..appraisal import AppraisalPolicy
     from ..collateral import CollateralSource
+    from ..references import References
 
 
 class Context:
@@ -137,10 +139,11 @@ class CertifiedContext:
 
 
 def client_context(
-    policy: Policy,
+    policy: Policy | AppraisalPolicy,
     *,
     attester: Attester | None = None,
     collateral: CollateralSource | None = None,
+    references: References | None = None,
     certificate_only: int | None = None,
     lifetime: float = LIFETIME,
     alpn: Sequence[bytes] = (),
@@ -150,21 +153,23 @@ def client_context(
     Args:
         attester: shows this side's own evidence, where the server asks for it.
         collateral: where collateral comes from if the peer brings none.
+        references: reference values, for a policy that takes its measurements from there.
         certificate_only: accept peers that cannot answer challenges, with certificates that are valid for at most so
             many seconds. What that gives up: :mod:`inclavare.attestation.ratls.session`.
         lifetime: seconds for which an attestation result counts.
         alpn: protocols to offer to such peers.
     """
     identity = None if attester is None else Identity(attester)
-    verifier = Verifier(policy, collateral, certificate_only, lifetime)
+    verifier = Verifier(policy, collateral, certificate_only, lifetime, references)
     return Context(server=False, identity=identity, verifier=verifier, alpn=alpn)
 
 
 def server_context(
     attester: Attester,
     *,
-    policy: Policy | None = None,
+    policy: Policy | AppraisalPolicy | None = None,
     collateral: CollateralSource | None = None,
+    references: References | None = None,
     certificate_only: int | None = None,
     lifetime: float = LIFETIME,
     certificate_lifetime: int = CERTIFICATE_LIFETIME,
@@ -176,12 +181,13 @@ def server_context(
     Args:
         attester: shows this enclave's evidence.
         policy: clients have to be enclaves that it accepts, too (mutual attestation).
-        collateral: see :func:`client_context`, as for ``certificate_only`` and ``lifetime``.
+        collateral: see :func:`client_context`, as for ``references``, ``certificate_only`` and
+            ``lifetime``.
         certificate_lifetime: seconds that certificates are valid.
         legacy: see :class:`Identity`, as for ``endorsements``.
     """
     identity = Identity(attester, lifetime=certificate_lifetime, legacy=legacy, endorsements=endorsements)
-    verifier = None if policy is None else Verifier(policy, collateral, certificate_only, lifetime)
+    verifier = None if policy is None else Verifier(policy, collateral, certificate_only, lifetime, references)
     return Context(server=True, identity=identity, verifier=verifier)
 
 

@@ -59,7 +59,9 @@ from . import certificates
 from .certificates import Credential, Identity
 
 if TYPE_CHECKING:
+    from ..appraisal import AppraisalPolicy
     from ..collateral import CollateralSource
+    from ..references import References
 
 ALPN = b"inclavare-ratls/1"
 DATA, CHALLENGE, EVIDENCE, RESULT, END = range(5)
@@ -105,12 +107,14 @@ class Verifier:
         certificate_only: longest validity in seconds of certificates of peers that cannot answer challenges;
             ``None`` refuses such peers.
         lifetime: seconds for which an attestation result counts; before, the peer is challenged again.
+        references: reference values, for a policy that takes its measurements from there.
     """
 
-    policy: Policy
+    policy: Policy | AppraisalPolicy
     collateral: CollateralSource | None = None
     certificate_only: int | None = None
     lifetime: float = LIFETIME
+    references: References | None = None
 
     def __post_init__(self) -> None:
         if self.lifetime < 2 * CHALLENGE_INTERVAL:
@@ -150,7 +154,8 @@ class Verifier:
                 remedy="have the peer make certificates of shorter validity, or accept this one's",
             )
         evidence = certificates.read(certificate)
-        claims = verify(evidence, self.policy, nonce=nonce, collateral=self.collateral).require()
+        appraisal = verify(evidence, self.policy, nonce=nonce, collateral=self.collateral, references=self.references)
+        claims = appraisal.require()
         return Peer(claims, evidence, nonce is not None, min(now + self.lifetime, float(claims.collateral_expires)))
 
 
