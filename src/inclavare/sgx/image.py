@@ -94,7 +94,7 @@ class EnclaveImage:
 
 
 def read_pages(source: BinaryIO, offset: int, flags: int, count: int, *, measured: bool = True) -> Iterator[PageRun]:
-    """Pages whose contents a file holds, as runs of at most 256 pages, so that memory stays flat.
+    """Pages whose contents a file holds, as runs of at most 64 pages, so that memory stays flat.
 
     Args:
         source: read from where it stands; ``count * 4096`` bytes.
@@ -105,7 +105,7 @@ def read_pages(source: BinaryIO, offset: int, flags: int, count: int, *, measure
     """
     end = offset + count * PAGE_SIZE
     while offset < end:
-        pages = min(256, (end - offset) // PAGE_SIZE)
+        pages = min(64, (end - offset) // PAGE_SIZE)
         data = source.read(pages * PAGE_SIZE)
         if len(data) != pages * PAGE_SIZE:
             raise IntegrityError(

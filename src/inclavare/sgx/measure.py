@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from .image import ALL_CHUNKS, CHUNK, PAGE_SIZE, PT_TCS, SECINFO_R, SECINFO_W, SECINFO_X, EnclaveImage, PageRun
 
@@ -85,14 +85,14 @@ def blocks(run: PageRun, tag: bytes = EEXTEND) -> Iterator[tuple[memoryview, int
         yield from _partial_blocks(run, flags, tag)
         return
     batch = min(run.count, _BATCH if run.measured else _BATCH_UNMEASURED)
-    offsets = Offsets(run.offset, batch, _CHUNKS if run.measured else 1)
+    offsets = offsets_of(_BATCH, _CHUNKS) if run.measured else offsets_of(_BATCH_UNMEASURED, 1)
     build = (
         _data_block(run, flags, tag) if run.measured and run.data is not None else _zero_block(run, flags, tag, batch)
     )
     for first in range(0, run.count, batch):
         pages = min(batch, run.count - first)
         block = build(first, pages)
-        offsets.fill(block, first, pages)
+        offsets.fill(block, run.offset // PAGE_SIZE + first, pages)
         yield block, pages * PAGE_SIZE
 
 
@@ -146,26 +146,31 @@ class Offsets:
     an addition costs a quarter of counting.
 
     Args:
-        start: offset of the first page in bytes.
-        batch: pages.
+        batch: most pages at once.
         chunks: per page, 16 or 1 (EADD only).
     """
 
-    def __init__(self, start: int, batch: int, chunks: int) -> None:
-        step, count = PAGE_SIZE // chunks, batch * chunks
-        self._first = int.from_bytes(struct.pack(f"<{count}Q", *range(start, start + count * step, step)), "little")
+    def __init__(self, batch: int, chunks: int) -> None:
+        count = batch * chunks
+        self._first = int.from_bytes(
+            struct.pack(f"<{count}Q", *range(0, batch * PAGE_SIZE, PAGE_SIZE // chunks)), "little"
+        )
         self._ones = int.from_bytes(b"\1\0\0\0\0\0\0\0" * count, "little")
         self._size = count * 8
         self._chunks = chunks
 
-    def fill(self, block: memoryview, first: int, pages: int) -> None:
-        """Write the offsets of ``pages`` pages from page ``first`` on into their headers, which lie evenly."""
-        digits = (self._first + self._ones * (first * PAGE_SIZE)).to_bytes(self._size, "little")
+    def fill(self, block: memoryview, page: int, pages: int) -> None:
+        """Write the offsets of ``pages`` pages from that page of the enclave on into their headers, which lie evenly."""
+        digits = (self._first + self._ones * (page * PAGE_SIZE)).to_bytes(self._size, "little")
         offsets = memoryview(digits).cast("Q")[: pages * self._chunks]
         words = block.cast("Q")
-        page = len(words) // pages
-        words[1::page] = offsets[:: self._chunks]
+        stride = len(words) // pages
+        words[1::stride] = offsets[:: self._chunks]
         if self._chunks > 1:
             eadd = _EADD.size // 8
             for chunk in range(self._chunks):
-                words[eadd + chunk * (page - eadd) // self._chunks + 1 :: page] = offsets[chunk :: self._chunks]
+                words[eadd + chunk * (stride - eadd) // self._chunks + 1 :: stride] = offsets[chunk :: self._chunks]
+
+
+#: Offsets for batches of that size, made once.
+offsets_of = cache(Offsets)

@@ -15,12 +15,12 @@ import hashlib
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import BinaryIO
 
 from ..errors import UsageError
 from .image import ALL_CHUNKS, CHUNK, EnclaveImage, PageRun
-from .measure import EEXTEND, PAGE_BLOCKS, Offsets, blocks
+from .measure import EEXTEND, PAGE_BLOCKS, blocks, offsets_of
 from .paging import PAGE_SIZE, PT_REG, PT_SS_FIRST, PT_SS_REST, PT_TCS, SECINFO_PT, SECINFO_RWX
 from .structs import ATTRIBUTE_MODE64BIT, XFRM_LEGACY, StructureError
 
@@ -45,6 +45,8 @@ class Header:
 @dataclass(frozen=True, slots=True)
 class _Piece:
     """Some pages as they stand in the stream.
+
+    It is good until the next one is asked for.
 
     Attributes:
         run: the pages; if ``packed``, without their contents.
@@ -75,9 +77,10 @@ class Stream:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._buffer = memoryview(b"")
+        self._space = memoryview(bytearray(2 * _BATCH * PAGE_BLOCKS))
+        self._buffer = self._space[:0]
         self._passed = 0
-        block = self._take(_ECREATE.size)
+        block = bytes(self._take(_ECREATE.size))
         tag, ssa_frame_size, size, reserved = _ECREATE.unpack(block)
         if tag == b"UNSIZED\0":
             raise UsageError(
@@ -97,7 +100,7 @@ class Stream:
                 "a power of two from 0x2000 on, and at least 1",
             )
         self.header = Header(ssa_frame_size, size)
-        self._ecreate = bytes(block)
+        self._ecreate = block
 
     def runs(self) -> Iterator[PageRun]:
         """The pages, at most 64 at a time, in the stream's order.
@@ -166,7 +169,7 @@ class Stream:
         if not count or tag not in (EEXTEND, UNMEASRD):
             return None
         expected = bytearray(_headers(flags, tag) * count)
-        _offsets().fill(memoryview(expected), offset // PAGE_SIZE, count)
+        offsets_of(_BATCH, _CHUNKS).fill(memoryview(expected), offset // PAGE_SIZE, count)
         while b"".join(_cut(count, headers=True).unpack_from(self._buffer)) != expected:
             if count == 1:
                 return None
@@ -207,12 +210,18 @@ class Stream:
 
     def _fill(self, size: int) -> bool:
         """Have that many bytes in the buffer, if there are so many; whether there are."""
-        while len(self._buffer) < size:
-            more = self._file.read(max(size, _BATCH * PAGE_BLOCKS))
+        if len(self._buffer) >= size:
+            return True
+        left = len(self._buffer)
+        self._space[:left] = self._buffer.tobytes()
+        while left < size:
+            more = self._file.read(len(self._space) - left)
             if not more:
-                return False
-            self._buffer = memoryview(bytes(self._buffer) + more)
-        return True
+                break
+            self._space[left : left + len(more)] = more
+            left += len(more)
+        self._buffer = self._space[:left]
+        return left >= size
 
     def _need(self, size: int) -> None:
         if not self._fill(size):
@@ -316,11 +325,6 @@ def _cut(pages: int, *, headers: bool) -> struct.Struct:
 def _page_format(header: str, chunk: str) -> str:
     first = f"{_EADD.size + _CHUNK.size}{header}{CHUNK}{chunk}"
     return first + f"{_CHUNK.size}{header}{CHUNK}{chunk}" * (_CHUNKS - 1)
-
-
-@cache
-def _offsets() -> Offsets:
-    return Offsets(0, _BATCH, _CHUNKS)
 
 
 @lru_cache(maxsize=8)
