@@ -1,7 +1,7 @@
 """ocicrypt's key provider, with skopeo, and call by call.
 
 Debian 12 builds its skopeo 1.9.3 with ocicrypt 1.0, which knows no key providers: the environment's ``SKOPEO`` names
-another one (``go install -tags containers_image_openpgp github.com/containers/skopeo/cmd/skopeo@v1.18.0``).
+another one, built with ocicrypt 1.1 or later (``-tags containers_image_openpgp``, no C needed).
 """
 
 from __future__ import annotations

@@ -138,12 +138,12 @@ class Pages:
             "reasons": _reasons(entry),
             "claims": [(name, text, expected.get(name, []), name in failed) for name, text in claims],
             "links": self._links(tenant),
-            "policies": [label.rpartition("@")[::2] for label in _list(entry.detail.get("policies"))],
+            "policies": [str(label).rpartition("@")[::2] for label in _list(entry.detail.get("policies"))],
         }
 
     def _known(self, tenant: str) -> References:
         try:
-            return self._book.of(tenant).references
+            return self._book.of(tenant, fresh=True).references
         except InclavareError:
             # A policy that cannot be read is the decision's concern; the page goes on without.
             return References()
