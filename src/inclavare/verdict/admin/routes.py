@@ -78,6 +78,8 @@ def application(store: Store, config: VerdictConfig, refused: Callable[[Any, For
 
     @app.exception_handler(HTTPException)
     async def of_framework(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 400:  # FastAPI's, for a body that is not even text
+            return _response(problem(of_request([{"loc": ("body",), "msg": "not JSON"}])))
         headers = {} if error.status_code != 405 else {"allow": ", ".join(_methods(app, request.url.path))}
         return _response(of_http(error.status_code, headers))
 
@@ -117,6 +119,9 @@ def _describe(app: FastAPI, config: VerdictConfig) -> dict[str, Any]:
     reference = "#/components/schemas/{model}"
     for model in (models.Problem, models.SecretPut):
         parts["schemas"][model.__name__] = model.model_json_schema(ref_template=reference)
+    for name, schema in parts["schemas"].items():
+        if name.startswith("Page_"):
+            schema["description"] = models.Page.__doc__  # pydantic does not hand it on to what is made of a generic
     parts["responses"] = {
         str(status): {
             "description": text,
