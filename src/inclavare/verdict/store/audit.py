@@ -13,7 +13,8 @@ An entry is durable when :meth:`Audit.append` returns. So what it is about comes
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from sqlalchemy.engine import Connection
 
 from ...errors import InclavareError
 from . import names
-from .database import Database
+from .database import Combiner, Database, Waiting
 from .errors import Damaged, Invalid, unknown
 from .models import AuditHeadRow, AuditRow, CheckpointRow, TenantRow, table
 from .tenants import OF_TENANT, tenant_is
@@ -64,6 +65,7 @@ class Audit:
         self._database = database
         self._keyring = keyring
         self._keys = keys
+        self._combiner: Combiner[_Appended] = Combiner(self._append_all)
 
     def append(
         self, tenant: str, actor: str, action: str, decision: str, detail: Mapping[str, Any] | None = None
@@ -85,22 +87,45 @@ class Audit:
         names.text(action, "action", 128, least=1)
         names.text(decision, "decision", 64, least=1)
         document = names.canonical(dict(detail or {}), "detail", names.MAX_DETAIL)
-        key = self._keys.current("audit")
+        fields = {"actor": actor, "action": action, "decision": decision, "detail": document}
+        entry: AuditEntry = self._combiner.submit(_Appended(tenant, fields))
+        return entry
 
-        def work(connection: Connection) -> AuditEntry:
-            head = connection.execute(_HEAD, {"tenant": tenant}).first()
-            if head is None:
-                raise unknown("tenant")
-            # Here and not before: behind the lock, times are in the entries' order.
-            now = self._database.now()
-            fields = {"actor": actor, "action": action, "decision": decision}
-            entry = make_entry(head.uid, head.seq + 1, now, document=document, previous=head.hash, **fields)
-            row = {"time": now, "detail": document, "previous": head.hash, "hash": entry.hash, **fields}
-            connection.execute(_APPEND, {"tenant_id": head.id, "seq": entry.seq, **row})
-            connection.execute(_MOVE, {"of": head.id, **self._head(head.uid, entry.seq, entry.hash, key)})
-            return entry
+    def _append_all(self, waiting: Sequence[_Appended]) -> None:
+        """Write the entries of all who wait, in one transaction, with one signature for each chain."""
+        # In the same order on all replicas, so that none waits for a chain while another waits for its.
+        tenants = sorted({item.tenant for item in waiting})
+        try:
+            key = self._keys.current("audit")
+            made = self._database.write(lambda connection: [self._append(connection, t, waiting, key) for t in tenants])
+        except Exception as error:
+            for item in waiting:
+                item.error = error
+            return
+        for tenant, entries in zip(tenants, made, strict=True):
+            mine = [item for item in waiting if item.tenant == tenant]
+            for number, item in enumerate(mine):
+                item.value, item.error = (entries[number], None) if entries else (None, unknown("tenant"))
 
-        return self._database.write(work, chain=tenant)
+    def _append(
+        self, connection: Connection, tenant: str, waiting: Sequence[_Appended], key: SigningKey
+    ) -> list[AuditEntry]:
+        """The entries of one tenant; none if there is no such tenant."""
+        head = connection.execute(_HEAD, {"tenant": tenant}).first()
+        if head is None:
+            return []
+        seq, hash, rows, entries = head.seq, head.hash, [], []
+        for item in waiting:
+            if item.tenant == tenant:
+                # Here and not before: behind the lock, times are in the entries' order.
+                row = {"time": self._database.now(), "previous": hash, **item.fields}
+                entry = make_entry(head.uid, seq + 1, **row)
+                rows.append({**row, "tenant_id": head.id, "seq": entry.seq, "hash": entry.hash})
+                entries.append(entry)
+                seq, hash = entry.seq, entry.hash
+        connection.execute(_APPEND, rows)
+        connection.execute(_MOVE, {"of": head.id, **self._head(head.uid, seq, hash, key)})
+        return entries
 
     def entries(
         self,
@@ -271,6 +296,15 @@ class Audit:
         return {"seq": seq, "hash": hash, "kid": key.kid, "signature": signature}
 
 
+class _Appended(Waiting[AuditEntry]):
+    """An entry that waits to be written."""
+
+    def __init__(self, tenant: str, fields: dict[str, str]) -> None:
+        super().__init__()
+        self.tenant = tenant
+        self.fields = fields
+
+
 class ChainWalk:
     """Goes along one chain and notes what is wrong.
 
@@ -391,12 +425,12 @@ def make_entry(
     actor: str,
     action: str,
     decision: str,
-    document: str,
+    detail: str,
     previous: bytes,
 ) -> AuditEntry:
-    """An entry with its hash; ``document`` is the detail's canonical JSON."""
-    entry = AuditEntry(chain, seq, time, actor, action, decision, json.loads(document), previous, b"")
-    return AuditEntry(chain, seq, time, actor, action, decision, entry.detail, previous, _hash_of(entry))
+    """An entry with its hash; ``detail`` is canonical JSON."""
+    entry = AuditEntry(chain, seq, time, actor, action, decision, json.loads(detail), previous, b"")
+    return replace(entry, hash=_hash_of(entry))
 
 
 def entry_json(entry: AuditEntry) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Work is given as a function of a connection, so that it can be run again when the database says so. On SQLite, which
 has one writer at a time, writers that wait are put together into one transaction, each behind a savepoint: one fsync
-serves them all. On PostgreSQL the same is done for the audit trail only, whose entries queue for their chain anyway.
+serves them all. The audit trail does the same with its entries, which queue for their chain on any database.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import sqlalchemy as sa
 from sqlalchemy import exc
@@ -63,7 +63,7 @@ class Database:
         self._snapshot = self.engine.execution_options(**snapshot)
         self._writing = self.engine.execution_options(inclavare_begin="BEGIN IMMEDIATE")
         self._inside = threading.local()
-        self._combiner = Combiner(self._run_batch)
+        self._combiner: Combiner[Job[Any]] = Combiner(self._run_batch)
 
     def now(self) -> datetime:
         """The time, UTC, whole microseconds."""
@@ -91,23 +91,22 @@ class Database:
                 raise translated(error) from None
         raise AssertionError("unreachable")
 
-    def write(self, work: Work[T], *, durable: bool = True, chain: str | None = None) -> T:
+    def write(self, work: Work[T], *, durable: bool = True) -> T:
         """Run work in a transaction, which is committed when this returns and undone when it raises.
 
         Args:
             work: is run again after a conflict with another replica, so it must not have other effects.
             durable: wait until it survives a loss of power. Without it, a crash of the database's machine may undo
                 the last moment; the crash of a replica cannot.
-            chain: work on a row that many want: put together with other such work, in this order.
 
         Raises:
             Unavailable: the database cannot be reached or stays locked.
             Conflict: a constraint that the work did not expect.
         """
         assert not getattr(self._inside, "writing", False), "a transaction within a transaction would wait for itself"
-        if self.sqlite or chain is not None:
-            return self._combiner.submit(Job(work, durable, chain or ""))
-        job = Job(work, durable, "")
+        job = Job(work, durable)
+        if self.sqlite:
+            return cast(T, self._combiner.submit(job))
         self._run_batch([job])
         return job.outcome()
 
@@ -126,7 +125,6 @@ class Database:
             self._inside.writing = False
 
     def _run_together(self, jobs: Sequence[Job[Any]]) -> None:
-        jobs = sorted(jobs, key=lambda job: job.chain)  # two replicas lock chains in the same order: no deadlock
         for attempt in range(_ATTEMPTS):
             committing = False
             try:
@@ -222,13 +220,10 @@ class Database:
         )
 
 
-class Job(Generic[T]):
-    """Work that waits for its turn."""
+class Waiting(Generic[T]):
+    """Something that waits for its turn, and becomes a value or an error."""
 
-    def __init__(self, work: Work[T], durable: bool, chain: str) -> None:
-        self.work = work
-        self.durable = durable
-        self.chain = chain
+    def __init__(self) -> None:
         self.value: T | None = None
         self.error: Exception | None = None
         self.done = False
@@ -241,16 +236,32 @@ class Job(Generic[T]):
         return self.value  # type: ignore[return-value]
 
 
-class Combiner:
-    """Lets whoever comes first work for all who came meanwhile."""
+class Job(Waiting[T]):
+    """Work that waits for a transaction."""
 
-    def __init__(self, run: Callable[[Sequence[Job[Any]]], None]) -> None:
+    def __init__(self, work: Work[T], durable: bool) -> None:
+        super().__init__()
+        self.work = work
+        self.durable = durable
+
+
+W = TypeVar("W", bound=Waiting[Any])
+
+
+class Combiner(Generic[W]):
+    """Lets whoever comes first work for all who came meanwhile.
+
+    Args:
+        run: gives each of many its value or its error.
+    """
+
+    def __init__(self, run: Callable[[Sequence[W]], None]) -> None:
         self._run = run
         self._mutex = threading.Lock()
-        self._waiting: list[Job[Any]] = []
+        self._waiting: list[W] = []
         self._led = False
 
-    def submit(self, job: Job[T]) -> T:
+    def submit(self, job: W) -> Any:
         """Have a job done, and return its value or raise its error."""
         with self._mutex:
             self._waiting.append(job)

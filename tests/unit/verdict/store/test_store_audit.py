@@ -316,6 +316,23 @@ def test_many_who_append_at_the_same_time_keep_one_chain(open_store: Open, store
         assert [entry.time for entry in entries] == sorted(entry.time for entry in entries)
 
 
+def test_who_has_no_trail_spoils_nothing_for_those_who_append_beside(store: Store) -> None:
+    outcomes: dict[int, object] = {}
+
+    def work(number: int) -> None:
+        try:
+            outcomes[number] = store.audit.append(
+                ("acme", "nobody", "zeta")[number % 3], "me", "a.b.c", "done"
+            ).decision
+        except InclavareError as error:
+            outcomes[number] = error.id
+
+    in_threads(work, 18)
+    expected = ("done", "verdict.store.tenant.unknown", "done")
+    assert outcomes == {number: expected[number % 3] for number in range(18)}
+    assert store.audit.verify().whole and len(store.audit.entries("acme")) == len(store.audit.entries("zeta")) == 6
+
+
 def test_keys_of_long_ago_verify_what_they_signed(trail: Store, clock: Any) -> None:
     kept = trail.audit.checkpoint()
     trail.keys.rotate("audit", overlap=timedelta(0))

@@ -183,7 +183,7 @@ def test_work_that_fails_is_undone_and_others_beside_it_are_not(store: Store) ->
 
         barrier.wait()
         try:
-            outcomes[number] = store.database.write(work, chain="x")
+            outcomes[number] = store.database.write(work)
         except InclavareError as error:
             outcomes[number] = error.id
 
