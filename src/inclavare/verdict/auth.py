@@ -159,10 +159,12 @@ class Authenticator:
         from joserfc.errors import JoseError
         from joserfc.jwk import KeySet, OKPKey
 
+        # JSON can hold half a surrogate pair, which UTF-8 cannot.
+        kid = str(header.get("kid")).encode(errors="replace")
         keys: list[Any] = [
             OKPKey.import_key(key.private.public_key(), {"kid": key.kid})  # type: ignore[arg-type]
             for key in self._store.keys.list("admin")
-            if hmac.compare_digest(key.kid.encode(), str(header.get("kid")).encode())
+            if hmac.compare_digest(key.kid.encode(), kid)
         ]
         if not keys or header.get("typ") != _TYPE:
             raise _refused("key", "not one of this service's keys")

@@ -6,6 +6,7 @@ import base64
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,21 @@ def test_policies_have_versions_and_conditions(admin: Api, tenant: str) -> None:
     admin.good("DELETE", f"/tenants/{tenant}/secrets/a/b/1", status=204)
     admin.good("DELETE", path, status=204)
     assert admin("GET", path).status == 404
+
+
+def test_of_those_who_change_one_version_at_once_one_wins(admin: Api, tenant: str) -> None:
+    path = f"/tenants/{tenant}/policies/raced"
+    first = admin("PUT", path, {"kind": "toml", "text": TOML})
+    tag = {"If-Match": first.headers["etag"]}
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(
+            pool.map(
+                lambda number: admin("PUT", path, {"kind": "toml", "text": TOML + f"# {number}\n"}, headers=tag).status,
+                range(8),
+            )
+        )
+    assert sorted(answers) == [200] + [412] * 7
+    assert [one["version"] for one in admin.good("GET", f"{path}/history")] == [2, 1]
 
 
 @pytest.mark.parametrize(

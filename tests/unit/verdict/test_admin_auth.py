@@ -214,6 +214,10 @@ def _signed(store: Any, claims: dict[str, Any], *, header: dict[str, Any] | None
     return jwt.encode(head, claims, OKPKey.import_key(key.private), algorithms=["Ed25519"])
 
 
+def _part(value: Any) -> str:
+    return base64.urlsafe_b64encode(json.dumps(value).encode()).rstrip(b"=").decode()
+
+
 def test_forged_and_altered_tokens_are_refused(guarded: Service) -> None:
     store = guarded.store
     good = token(store, "auditor", "default", name="mallory")
@@ -224,6 +228,9 @@ def test_forged_and_altered_tokens_are_refused(guarded: Service) -> None:
     now = int(time.time())
     key = store.keys.current("admin")
     secret = OctKey.import_key(json.dumps(key.public_jwk()))
+    head = _part({"alg": "Ed25519", "typ": "verdictd-admin+jwt", "kid": key.kid, "crit": ["x"], "x": 1})
+    signature = key.private.sign(f"{head}.{_part(claims)}".encode())  # type: ignore[call-arg]
+    critical = f"{head}.{_part(claims)}.{base64.urlsafe_b64encode(signature).rstrip(b'=').decode()}"
     forged = {
         "more role": _signed(store, {**claims, "role": "admin"}),
         "more tenants": _signed(store, {**claims, "tenant": SYSTEM}),
@@ -238,6 +245,9 @@ def test_forged_and_altered_tokens_are_refused(guarded: Service) -> None:
         "another type": _signed(store, claims, header={"typ": "JWT"}),
         "own key": jwt.encode({"alg": "HS256", "typ": "verdictd-admin+jwt", "kid": key.kid}, claims, secret,
                               algorithms=["HS256"]),
+        "half a surrogate pair": f"{_part({'alg': 'Ed25519', 'kid': chr(0xD800)})}.{_part(claims)}.AAAA",
+        "no object": f"{_part({'alg': 'Ed25519', 'kid': key.kid})}.{_part([])}.AAAA",
+        "an unknown critical header": critical,
         "nothing signed": good.rpartition(".")[0] + ".",
         "alg none": "eyJhbGciOiJub25lIn0." + good.split(".")[1] + ".",
         "cut": good[:-2],

@@ -34,7 +34,7 @@ _STATUS: tuple[tuple[type[InclavareError], int], ...] = (
 )
 
 
-class Failed(InclavareError):
+class Failed(UsageError):
     """A request that HTTP itself has a status for."""
 
     def __init__(self, status: int, message: str, **fields: Any) -> None:
