@@ -23,13 +23,12 @@ import re
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import http, metrics
+from . import admin, http, metrics, web
 from .decide import Decider
-from .http import Answer, Asgi, Message, Receive, Scope, Send
+from .http import Answer, Message, Receive, Scope, Send
 from .kbs import Kbs
 from .limits import Rate, client_key
 from .telemetry import event, new_request_id, request_id, span
@@ -59,8 +58,8 @@ class Application:
         self._kbs = Kbs(config, store, self.decider, self._threads)
         self._clients = Rate()
         self._ready: tuple[float, bool] = (-math.inf, False)
-        self._admin = _part("admin", store, config)
-        self._web = _part("web", store, config) if config.web.enabled else None
+        self._admin = admin.router(store, config)
+        self._web = web.router(store, config) if config.web.enabled else None
 
     def close(self) -> None:
         """Wait for what is under way in threads."""
@@ -187,16 +186,6 @@ def build(config: VerdictConfig, store: Store) -> Application:
         PlatformError: a package is not installed, or the cache of collateral is not private.
     """
     return Application(config, store)
-
-
-def _part(name: str, store: Store, config: VerdictConfig) -> Asgi | None:
-    try:
-        found: Asgi = import_module(f".{name}", __package__).router(store, config)
-    except ModuleNotFoundError as error:
-        if not str(error.name).startswith(f"{__package__}.{name}"):
-            raise
-        return None
-    return found
 
 
 def _error(status: int, name: str, detail: str, headers: dict[str, str] | None = None) -> Answer:

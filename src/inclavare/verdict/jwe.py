@@ -8,12 +8,17 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import os
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, NoReturn
 
 import msgspec
-from joserfc import jwe
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.concatkdf import ConcatKDFHash
+from cryptography.hazmat.primitives.keywrap import aes_key_wrap
 from joserfc.errors import JoseError
 from joserfc.jwk import ECKey, RSAKey
 
@@ -26,6 +31,8 @@ _CURVES = {"P-256": 32, "P-521": 66}
 _EC_MEMBERS = frozenset({"kty", "crv", "alg", "x", "y"})
 _RSA_MEMBERS = frozenset({"kty", "alg", "n", "e"})
 _RSA_BITS = range(2048, 8193)
+#: RFC 7518, 4.6.2: AlgorithmID, PartyUInfo, PartyVInfo and SuppPubInfo, for 256 bits.
+_OTHER_INFO = len(KEY_WRAPPING).to_bytes(4, "big") + KEY_WRAPPING.encode() + bytes(8) + (256).to_bytes(4, "big")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +87,28 @@ class TeeKey:
 
     def encrypt(self, value: bytes) -> bytes:
         """A flattened JWE (RFC 7516, 7.2.2) as JSON: only the TEE can read it."""
-        header = {"alg": self.jwk["alg"], "enc": CONTENT_ENCRYPTION}
-        compact = jwe.encrypt_compact(header, value, self._key, algorithms=[self.jwk["alg"], CONTENT_ENCRYPTION])
-        # With every header protected, a flattened JWE is a compact one with its parts named.
-        names = ("protected", "encrypted_key", "iv", "ciphertext", "tag")
-        return msgspec.json.encode(dict(zip(names, compact.split("."), strict=True)))
+        content_key, iv = os.urandom(32), os.urandom(12)
+        header: dict[str, Any] = {"alg": self.jwk["alg"], "enc": CONTENT_ENCRYPTION}
+        public = self._key.public_key
+        if isinstance(public, rsa.RSAPublicKey):
+            encrypted_key = public.encrypt(content_key, padding.OAEP(padding.MGF1(SHA256()), SHA256(), None))
+        else:
+            ephemeral = ec.generate_private_key(public.curve)
+            shared = ephemeral.exchange(ec.ECDH(), public)
+            encrypted_key = aes_key_wrap(ConcatKDFHash(SHA256(), 32, _OTHER_INFO).derive(shared), content_key)
+            numbers, size = ephemeral.public_key().public_numbers(), _CURVES[self.jwk["crv"]]
+            point = {name: _text(getattr(numbers, name).to_bytes(size, "big")) for name in ("x", "y")}
+            header["epk"] = {"crv": self.jwk["crv"], "kty": "EC", **point}
+        # CoCo's client authenticates not these bytes but what it writes itself of what it has read in them: compact,
+        # alg and enc first, the rest by name. A JOSE library's header, in another order, would not open.
+        protected = _text(json.dumps(header, separators=(",", ":")).encode())
+        sealed = AESGCM(content_key).encrypt(iv, value, protected.encode())
+        parts = {"encrypted_key": encrypted_key, "iv": iv, "ciphertext": sealed[:-16], "tag": sealed[-16:]}
+        return msgspec.json.encode({"protected": protected, **{name: _text(part) for name, part in parts.items()}})
+
+
+def _text(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
 def _bytes(text: str) -> bytes:
@@ -93,7 +117,7 @@ def _bytes(text: str) -> bytes:
         data = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
     except binascii.Error:
         data = b""
-    if not data or base64.urlsafe_b64encode(data).rstrip(b"=").decode() != text:
+    if not data or _text(data) != text:
         raise ValueError("not base64url without padding")
     return data
 

@@ -84,6 +84,11 @@ class Key:
         """Decrypt a flattened JWE (RFC 7516, 7518)."""
         header = json.loads(unb64url(jwe["protected"]))
         assert header["enc"] == "A256GCM"
+        assert set(jwe) == {"protected", "encrypted_key", "iv", "ciphertext", "tag"}
+        # kbs-types writes the header anew instead of taking the bytes that came, with its own order of members.
+        first = {name: header[name] for name in ("alg", "enc")}
+        rest = {name: header[name] for name in sorted(header) if name not in first}
+        authenticated = json.dumps({**first, **json.loads(json.dumps(rest, sort_keys=True))}, separators=(",", ":"))
         wrapped = unb64url(jwe["encrypted_key"])
         if self.kind == "RSA":
             assert header["alg"] == "RSA-OAEP-256"
@@ -98,7 +103,7 @@ class Key:
             info = len(algorithm).to_bytes(4, "big") + algorithm + bytes(8) + (256).to_bytes(4, "big")
             content_key = aes_key_unwrap(hashlib.sha256(b"\0\0\0\1" + z + info).digest(), wrapped)
         sealed = unb64url(jwe["ciphertext"]) + unb64url(jwe["tag"])
-        return AESGCM(content_key).decrypt(unb64url(jwe["iv"]), sealed, jwe["protected"].encode())
+        return AESGCM(content_key).decrypt(unb64url(jwe["iv"]), sealed, b64url(authenticated.encode()).encode())
 
 
 @dataclass

@@ -309,6 +309,7 @@ def test_pkcs11_denials(plugged: Service, client: Client, path: str) -> None:
     assert client.get("resource/app/key/hsm", plugin="pkcs11") == b"from the module"
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the library's, over the lost session
 def test_pkcs11_recovers(plugged: Service, client: Client) -> None:
     """A module that has forgotten the session gets a new one."""
     assert client.get("resource/app/key/hsm", plugin="pkcs11") == b"from the module"

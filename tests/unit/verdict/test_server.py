@@ -56,6 +56,7 @@ def serving(
     run("init", "-c", file, "--state-dir", base / "state", "--listen", "127.0.0.1:0")
     more = f'[limits]\nclient_requests = 1000000\n[telemetry]\nlog = "{log}"\nlevel = "debug"\n'
     file.write_text(file.read_text() + text + more + telemetry)
+    run("init", "-c", file)  # of the database that the configuration names now
     config = VerdictConfig.load(file)
     process = subprocess.Popen(
         [sys.executable, "-c", "from inclavare.cli import main; main()", "verdictd", "serve", "-c", str(file)],
@@ -88,14 +89,15 @@ def serving(
 def test_init_changes_nothing_the_second_time(tmp_path: Path) -> None:
     file = tmp_path / "verdictd.toml"
     made = json.loads(run("init", "-c", file, "--state-dir", tmp_path / "s", "--tenant", "acme", "--json").stdout)
-    assert made["new_tenant"] is True
+    assert made.pop("new_tenant") is True
+    assert made.pop("token")
     assert re.fullmatch(r"(?:[0-9A-F]{2}:){31}[0-9A-F]{2}", made["fingerprint"])
     before = {path: path.read_bytes() for path in (tmp_path / "s").iterdir() if path.suffix in (".pem", ".key")}
     assert {path.name: path.stat().st_mode & 0o777 for path in before} == {
         "tls-cert.pem": 0o644, "tls-key.pem": 0o600, "master.key": 0o600,
     }  # fmt: skip
     again = json.loads(run("init", "-c", file, "--tenant", "acme", "--json").stdout)
-    assert again == {**made, "new_tenant": False}
+    assert again == {**made, "new_tenant": False}  # in particular no other administrator's token
     assert {path: path.read_bytes() for path in before} == before
     refused = CliRunner().invoke(command, ["init", "-c", str(file), "--listen", "127.0.0.1:1"])
     assert refused.exit_code == 2
@@ -194,9 +196,24 @@ def test_requests_under_way_are_answered_at_the_end(
         assert outcomes.count("good") >= 10
 
 
-def test_killed_worker_loses_nothing(tmp_path: Path, platform: SimulatedPlatform, signers: Signers) -> None:
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_section(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Configuration of a database."""
+    if request.param == "sqlite":
+        yield ""
+        return
+    sys.path.insert(0, str(Path(__file__).with_name("store")))
+    from store_servers import postgresql
+
+    with postgresql("fsync=off") as server:
+        yield f'[store]\nurl = "{server.url(server.create())}"\n'
+
+
+def test_killed_worker_loses_nothing(
+    tmp_path: Path, platform: SimulatedPlatform, signers: Signers, store_section: str
+) -> None:
     """Two workers over one store; one is killed again and again under load. Release-once secrets go out once."""
-    with serving(tmp_path, platform, signers, "workers = 2\n") as running:
+    with serving(tmp_path, platform, signers, "workers = 2\n" + store_section) as running:
         service = running.service
         for number in range(20):
             service.store.secrets.put("default", f"once/key/{number}", b"%d" % number, release_once=True)

@@ -81,7 +81,8 @@ class Pkcs11Plugin:
     def _value(self, session: Any, label: str) -> Answer:
         import pkcs11
 
-        for found in session.get_objects({pkcs11.Attribute.LABEL: label}):
+        # To its end: a search that is left open keeps others from beginning.
+        for found in list(session.get_objects({pkcs11.Attribute.LABEL: label})):
             if found.object_class in (pkcs11.ObjectClass.SECRET_KEY, pkcs11.ObjectClass.DATA):
                 return Answer(bytes(found[pkcs11.Attribute.VALUE]))
         raise NotFound("the module has no such object", id="verdict.plugin.pkcs11.unknown", found=label)
