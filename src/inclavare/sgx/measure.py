@@ -160,7 +160,7 @@ class Offsets:
         self._chunks = chunks
 
     def fill(self, block: memoryview, page: int, pages: int) -> None:
-        """Write the offsets of ``pages`` pages from that page of the enclave on into their headers, which lie evenly."""
+        """Write the offsets of ``pages`` pages, from that page of the enclave on, into headers that lie evenly."""
         digits = (self._first + self._ones * (page * PAGE_SIZE)).to_bytes(self._size, "little")
         offsets = memoryview(digits).cast("Q")[: pages * self._chunks]
         words = block.cast("Q")
