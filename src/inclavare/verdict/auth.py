@@ -120,7 +120,7 @@ class Authenticator:
             Unauthenticated: nothing that identifies anybody.
             Forbidden: somebody, for whom no role is configured.
             ResourceError: ``verdict.auth.oidc.unavailable``.
-            StoreError: see :mod:`inclavare.verdict.store.errors`.
+            InclavareError: see :mod:`inclavare.verdict.store.errors`.
         """
         if token is not None:
             return self._by_token(token)

@@ -175,7 +175,7 @@ class Decider:
 
         Raises:
             Denied: refused, with every failed claim.
-            StoreError: it could not be written down.
+            InclavareError: it could not be written down.
         """
         digest = sha256(evidence.quote).hexdigest()
         rules = self._book.of(tenant)
@@ -245,7 +245,7 @@ class Decider:
         Raises:
             Denied: not allowed, or not there: outside they are the same.
             PluginFailed: it is allowed, but cannot be had.
-            StoreError: it could not be written down.
+            InclavareError: it could not be written down.
         """
         rules = self._book.of(tenant)
         if grant.basis != rules.basis:
@@ -265,7 +265,7 @@ class Decider:
 
         Raises:
             Denied: not accepted, not allowed, or not there.
-            StoreError: it could not be written down.
+            InclavareError: it could not be written down.
         """
         digest = sha256(evidence.quote).hexdigest()
         rules = self._book.of(tenant)

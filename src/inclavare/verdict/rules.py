@@ -101,7 +101,7 @@ class RuleBook:
 
         Raises:
             UsageError: a policy in the store cannot be read.
-            StoreError: see :mod:`inclavare.verdict.store.errors`.
+            InclavareError: see :mod:`inclavare.verdict.store.errors`.
         """
         now = self._clock()
         with self._lock:

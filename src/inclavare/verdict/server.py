@@ -66,7 +66,7 @@ def open_store(config: VerdictConfig) -> Store:
 
     Raises:
         UsageError, PlatformError: see :func:`master_key`.
-        StoreError: see :meth:`inclavare.verdict.store.Store.open`.
+        InclavareError: see :meth:`inclavare.verdict.store.Store.open`.
     """
     from .store import Store
 

@@ -65,7 +65,7 @@ class Pages:
             Forbidden: no role for this tenant, whether or not there is such a tenant.
             NotFound: there is nothing.
             ValueError: the query is malformed.
-            StoreError: see :mod:`inclavare.verdict.store.errors`.
+            InclavareError: see :mod:`inclavare.verdict.store.errors`.
         """
         if path == "/":
             return self.render("tenants.html", principal, tenants=self._tenants(principal))
