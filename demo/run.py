@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ class Demo:
         self.started = time.monotonic()
         self.step_number = 0
         self.started_containers: list[subprocess.Popen[bytes]] = []
+        self.verdictd: subprocess.Popen[bytes] | None = None
         config = work / "config.toml"
         config.write_text("".join(f'{name}_dir = "{work / name}"\n' for name in ("state", "run", "log")))
         self.env = {**os.environ, "INCLAVARE_CONFIG": str(config), "XDG_CONFIG_HOME": str(work / "owner")}
@@ -132,6 +134,42 @@ class Demo:
         self.started_containers.append(process)
         return process
 
+    # --- the relying party's service
+
+    def serve(self) -> tuple[str, str]:
+        """verdictd on a free port, and its owner logged in; its address and its certificate's fingerprint."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        file, token = self.work / "verdictd.toml", self.work / "token"
+        state = self.work / "verdictd"
+        made = self.inclavare(
+            "verdictd", "init", "-c", file, "--state-dir", state, "--listen", address, "--json", quiet=True
+        )
+        print(f"    $ inclavare verdictd serve -c {file} &", flush=True)
+        self.verdictd = subprocess.Popen(
+            [BIN / "inclavare", "verdictd", "serve", "-c", file],
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=(self.work / "verdictd.log").open("wb"),
+        )
+        assert self.verdictd.stdout is not None
+        if b"listening" not in self.verdictd.stdout.readline():
+            sys.exit(f"demo: verdictd did not start, see {self.work / 'verdictd.log'}")
+        fingerprint = str(json.loads(made)["fingerprint"])
+        self.inclavare("verdictd", "token", "create", "owner", "-c", file, "-o", token, quiet=True)
+        self.inclavare(
+            "verdict", "login", f"https://{address}", "--fingerprint", fingerprint, "--token-file", token, quiet=True
+        )
+        return address, fingerprint
+
+    def stop(self) -> None:
+        """Stop verdictd."""
+        if self.verdictd is not None:
+            self.verdictd.terminate()
+            self.verdictd.wait(20)
+
 
 def umoci(*words: str | Path) -> None:
     """Run umoci quietly."""
@@ -206,10 +244,11 @@ def main() -> None:
     try:
         tell(demo, container, options.rebuild)
     finally:
-        for name in (container, f"{container}-tampered"):
+        for name in (container, f"{container}-tampered", f"{container}-served"):
             subprocess.run([BIN / "rune", "delete", "--force", name], env=demo.env, capture_output=True)
         for process in demo.started_containers:
             process.wait(20)
+        demo.stop()
         if not options.keep:
             shutil.rmtree(work, ignore_errors=True)
     print(
@@ -283,6 +322,56 @@ def tell(demo: Demo, container: str, rebuild: bool) -> None:
     another = demo.start(container, str(work / "other"))
     follow(another, "no key")
     demo.inclavare("secret", "get", "data-key", "--container", container, "--vault", work / "vault", fails=True)
+    serve(demo, container, image, key)
+
+
+def serve(demo: Demo, container: str, image: Path, key: Path) -> None:
+    """The same with verdictd, which asks and answers when its owner sleeps."""
+    work = demo.work
+    demo.step("The owner has better things to do, and starts verdictd, which verifies and releases by itself")
+    address, fingerprint = demo.serve()
+
+    demo.step("The image says whom to ask; building it gives signed reference values, too")
+    manifest, bundle = work / "served.toml", work / "references.json"
+    manifest.write_text(
+        f'[attestation]\nverdictd = "https://{address}"\ntrust_anchor = "{fingerprint}"\n'
+        '[[secrets]]\nuri = "kbs:///patients/key/1"\npath = "/run/data-key"\n'
+    )
+    print("".join(f"      {line}\n" for line in manifest.read_text().splitlines()), end="")
+    served = work / "served"  # a directory, which starts without being unpacked
+    references = ("--reference-bundle", bundle, "--reference-name", "demo/patients")
+    demo.build(f"oci:{image}:latest", served, "--manifest", manifest, *references)
+
+    demo.step("verdictd is told whose reference values count, a policy that needs no measurement any more, and the key")
+    public = work / "owner/inclavare/reference-key.pub.pem"
+    demo.inclavare("verdict", "reference", "trust", "builder", public, quiet=True)
+    demo.inclavare("verdict", "reference", "register", bundle, quiet=True)
+    policy = work / "served-policy.toml"
+    root = (work / "root.pem").read_text()
+    policy.write_text(f"image = \"demo/patients\"\nsimulated = \"allow\"\ntrust_anchor = '''{root}'''\n")
+    demo.inclavare("verdict", "policy", "set", "patients", policy, "--default", quiet=True)
+    demo.inclavare("verdict", "secret", "put", "patients/key/1", "--from", key, quiet=True)
+
+    demo.step("The container starts; before the application does, its enclave has proven itself and got the key")
+    name = f"{container}-served"
+    process = demo.start(name, str(served))
+    said = follow(process, "decrypted")
+    if demo.expected not in said or process.wait(20) != 0:
+        sys.exit("demo: the application did not decrypt what the owner encrypted")
+
+    demo.step("A hole is found in the image. Its reference values are revoked, and it gets no key any more")
+    listed = json.loads(demo.inclavare("verdict", "reference", "list", "--json", quiet=True))
+    digest = listed[0]["digest"]
+    demo.inclavare("verdict", "reference", "revoke", digest, "--reason", "the base image has a hole", quiet=True)
+    time.sleep(1)  # so long verdictd may decide by what it knows
+    refused = demo.start(name, str(served))
+    output = refused.communicate(timeout=60)[0].decode()
+    print("".join(f"      {line}\n" for line in output.splitlines()), end="")
+    if refused.returncode == 0 or "a hole" not in output:
+        sys.exit("demo: the revoked image got its key")
+
+    demo.step("Every decision is in the audit trail")
+    demo.inclavare("verdict", "audit", "list", "-n", "4")
 
 
 def _manifest(work: Path) -> Path:

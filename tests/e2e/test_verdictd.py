@@ -312,6 +312,22 @@ def test_the_host_network_is_not_used(world: World, image: Path) -> None:
     assert "host's network" in world.last("guest_api.off")["reason"]
 
 
+def test_a_container_without_secrets_does_not_pay(world: World, image: Path) -> None:
+    """Its runelet has neither TLS nor HTTP in its memory; with secrets it has."""
+
+    def has_tls() -> bool:
+        runelet = next((world.run_dir / "epc").glob("[0-9]*")).name.partition("-")[0]
+        return "/_ssl." in Path(f"/proc/{runelet}/maps").read_text()
+
+    world.create(world.bundle("/bin/sleep", "30", name="plain"), "plain")
+    assert not has_tls()
+    world.call("delete", "--force", "plain")
+    assert world.settled() == []
+    _, data = world.begin(image)
+    assert has_tls()
+    world.end(data)
+
+
 # --- each link broken
 
 
