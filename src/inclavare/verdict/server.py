@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 SHUTDOWN_SECONDS = 20
 _PURGE_SECONDS = 60.0
+#: A checkpoint with every so many purges.
+_CHECKPOINT_TURNS = 60
 #: A worker that ended by itself is started again, but not faster than this.
 _RESTART_SECONDS = 1.0
 #: How a worker ends that would end again (sysexits.h, EX_CONFIG).
@@ -246,10 +248,17 @@ def _fork(config: VerdictConfig, listening: socket.socket) -> int:
 
 
 def _purge(store: Store, stop: threading.Event) -> None:
-    """Remove what has expired, now and then. Replicas do not hinder one another in it."""
+    """Remove what has expired, now and then. Replicas do not hinder one another in it.
+
+    Every hour the log gets a checkpoint of the audit trail: there the database's owner cannot take it back.
+    """
+    turns = 0
     while not stop.wait(_PURGE_SECONDS):
         try:
             store.purge()
+            if turns % _CHECKPOINT_TURNS == 0:
+                event("verdict.audit.checkpoint", checkpoint=store.audit.checkpoint())
+            turns += 1
         except InclavareError as error:
             event("verdict.purge.failed", level=logging.WARNING, reason=error.id)
 

@@ -25,8 +25,10 @@ from verdict_service import SECRET, Service
 
 from inclavare.cli.verdictd import command
 from inclavare.tee.sgx_sim import SimulatedPlatform
+from inclavare.verdict import server
 from inclavare.verdict.config import VerdictConfig
 from inclavare.verdict.server import open_store
+from inclavare.verdict.store import Store
 
 
 @dataclass
@@ -337,3 +339,25 @@ def test_traces(tmp_path: Path, platform: SimulatedPlatform, signers: Signers) -
     exported = b"".join(received)
     for secret in (SECRET, client.token.encode(), str(client.cookie).encode(), b"app/key"):
         assert secret not in exported
+
+
+def test_the_log_anchors_the_audit_trail(
+    service_store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server, "_PURGE_SECONDS", 0.01)
+    monkeypatch.setattr(server, "_CHECKPOINT_TURNS", 2)
+    stop = threading.Event()
+    with caplog.at_level("INFO"):
+        keeping = threading.Thread(target=server._purge, args=(service_store, stop))
+        keeping.start()
+        try:
+            wait_for = time.monotonic() + 20
+            while sum(record.msg == "verdict.audit.checkpoint" for record in caplog.records) < 2:
+                assert time.monotonic() < wait_for
+                time.sleep(0.01)
+        finally:
+            stop.set()
+            keeping.join()
+    anchors = [record.fields["checkpoint"] for record in caplog.records if record.msg == "verdict.audit.checkpoint"]  # type: ignore[attr-defined]
+    assert anchors[0] != anchors[1]
+    assert service_store.audit.verify(anchors=json.loads(json.dumps(anchors))).whole
