@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .store import MasterKey, Store
 
 SHUTDOWN_SECONDS = 20
+_ENDING = (signal.SIGTERM, signal.SIGINT)
 _PURGE_SECONDS = 60.0
 #: A checkpoint with every so many purges.
 _CHECKPOINT_TURNS = 60
@@ -110,9 +111,9 @@ def work(config: VerdictConfig, listening: socket.socket) -> None:
     with open_store(config) as store:
         application = build(config, store)
         server = http_server(config, application)
-        # uvicorn raises the signal that ended it once more; by then all is done.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
+        # Before uvicorn listens to signals, one that comes must not be lost; afterwards it raises the last once more.
+        for number in _ENDING:
+            signal.signal(number, lambda *_: setattr(server, "should_exit", True))
         stop = threading.Event()
         purging = threading.Thread(target=_purge, args=(store, stop), name="purge", daemon=True)
         purging.start()
@@ -202,12 +203,15 @@ def _supervise(config: VerdictConfig, listening: socket.socket) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _ENDING:
         signal.signal(number, stop)
     start_logging(config.telemetry)
     while not stopping or children:
         while not stopping and len(children) < config.workers:
+            # A signal has to find every child in the list, and none with this process's own handler.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
             children[_fork(config, listening)] = time.monotonic()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
         try:
             pid, status = os.wait()
         except (InterruptedError, ChildProcessError):
@@ -235,6 +239,9 @@ def _fork(config: VerdictConfig, listening: socket.socket) -> int:
         from ..shield import mounts
 
         mounts.prctl(mounts.PR_SET_PDEATHSIG, signal.SIGTERM)
+        for number in _ENDING:
+            signal.signal(number, signal.SIG_DFL)  # nothing is under way yet
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
         work(config, listening)
         code = 0
     except InclavareError as error:
