@@ -53,7 +53,7 @@ class InclavareError(Exception):
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> InclavareError:
         """Rebuild an error that crossed a socket; unknown exit codes become the base class."""
-        by_code = {sub.exit_code: sub for sub in InclavareError.__subclasses__()}
+        by_code = {sub.exit_code: sub for sub in InclavareError.__subclasses__() if sub.__module__ == __name__}
         kind = by_code.get(int(fields.get("exit_code", 1)), InclavareError)
         return kind(
             str(fields.get("message", "unknown error")),

@@ -63,6 +63,7 @@ def _one(seed: bytes) -> Callable[[], list[bytes]]:
 
 def _structures() -> dict[str, Target]:
     """Every declared structure."""
+    from inclavare.attestation.snp_report import VERSIONS
     from inclavare.sgx.structs import Structure
 
     found: dict[str, Target] = {}
@@ -76,6 +77,9 @@ def _structures() -> dict[str, Target]:
         seed = bytearray(layout.size)
         for name, value in layout.constants.items():
             seed[layout.offsets[name] : layout.offsets[name] + len(value)] = value
+        if kind.__name__ == "SnpReport":
+            at = layout.offsets["version"]
+            seed[at : at + 4] = min(VERSIONS).to_bytes(4, "little")
         found[f"structure-{kind.__name__.lower()}"] = Target(kind.from_bytes, kind.to_bytes, made=_one(bytes(seed)))
     return found
 
@@ -107,13 +111,47 @@ def _trees() -> list[bytes]:
         return [build(root, cache=None, progress=None).to_bytes()]
 
 
+def _sgxs() -> list[bytes]:
+    import io
+
+    from inclavare.sgx import sgxs
+    from inclavare.tee import skeleton
+
+    stream = io.BytesIO()
+    sgxs.write(skeleton.image(), stream)
+    return [stream.getvalue()]
+
+
+def _sealed() -> list[bytes]:
+    from inclavare.sgx import sealing
+    from inclavare.sgx.keys import POLICY_MRENCLAVE
+    from inclavare.sgx.structs import ReportBody
+
+    identity = ReportBody.from_bytes(bytes(384))
+    return [sealing.seal(b"state", sealing.new_request(identity, POLICY_MRENCLAVE), lambda _: bytes(16), aad=b"v1")]
+
+
+def _gramine() -> list[bytes]:
+    return [b'[sgx]\nenclave_size = "16M"\nmax_threads = 1\ndebug = true\n[sgx.cpu_features]\navx = "required"\n']
+
+
 def _targets() -> dict[str, Target]:
+    import io
+
+    from inclavare.attestation import eventlog, references
     from inclavare.attestation.evidence import Evidence
     from inclavare.attestation.policy import Policy
+    from inclavare.enclave.gramine import GramineManifest
     from inclavare.enclave.manifest import Manifest
     from inclavare.enclave.reference import Reference
     from inclavare.enclave.tree import Tree
+    from inclavare.sgx import describe, sgxs
+    from inclavare.sgx.certification import QeReportCertification, certificates
+    from inclavare.sgx.elf import Elf
+    from inclavare.sgx.pck import PckExtension
     from inclavare.sgx.quote import Quote
+    from inclavare.sgx.sdk import SdkEnclave
+    from inclavare.sgx.sealing import Sealed
 
     policy = b'mrenclave = ["' + b"ab" * 32 + b'"]\nsimulated = "allow"\ntcb = ["UpToDate"]\nmax_age = "1h"\n'
     return {
@@ -122,6 +160,19 @@ def _targets() -> dict[str, Target]:
         "policy": Target(_text(Policy.parse), made=lambda: [policy]),
         "manifest": Target(_text(Manifest.parse), made=_manifests),
         "manifest-canonical": Target(Manifest.from_canonical, Manifest.canonical, made=_canonical),
+        "certificates": Target(certificates, vectors=("ra-tls/*.pem",)),
+        "describe": Target(describe.describe, vectors=("sgx/*.bin", "tdx/*.dat", "measure/*.sig")),
+        "dsse": Target(
+            references.envelope_payload, made=lambda: [b'{"payload":"e30=","payloadType":"x","signatures":[]}']
+        ),
+        "elf": Target(lambda data: list(Elf(data).relocations())),
+        "event-log": Target(eventlog.parse, vectors=("ccel/*.dat",)),
+        "gramine-manifest": Target(GramineManifest.parse, made=_gramine),
+        "pck-extension": Target(PckExtension.from_bytes),
+        "qe-certification": Target(QeReportCertification.from_bytes, QeReportCertification.to_bytes),
+        "sdk-enclave": Target(lambda data: SdkEnclave(data).image()),
+        "sealed": Target(Sealed.parse, made=_sealed),
+        "sgxs": Target(lambda data: sgxs.Stream(io.BytesIO(data)).measure(), made=_sgxs, vectors=("measure/*.sgxs",)),
         "reference": Target(_text(Reference.parse), made=lambda: [b"oci:/a/b:tag", b"docker://localhost:5000/x:y"]),
         "tree": Target(Tree.from_bytes, Tree.to_bytes, made=_trees),
         **_structures(),

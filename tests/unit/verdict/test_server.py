@@ -252,7 +252,7 @@ def test_killed_worker_loses_nothing(
             if children and killed < 4:
                 os.kill(int(children[killed % len(children)]), signal.SIGKILL)
                 killed += 1
-            time.sleep(0.7)
+            time.sleep(0.3)
         for thread in threads:
             thread.join()
         assert killed >= 2
