@@ -60,7 +60,9 @@ def test_named_tests_exist(name: str) -> None:
     missing = []
     for file, function in _TEST.findall((REPO / name).read_text()):
         path = REPO / "tests" / file
-        if not path.exists() or not re.search(rf"^(?:    )?(?:async )?def {function}\(", path.read_text(), re.MULTILINE):
+        if not path.exists() or not re.search(
+            rf"^(?:    )?(?:async )?def {function}\(", path.read_text(), re.MULTILINE
+        ):
             missing.append(f"{file}::{function}")
     assert missing == []
 
