@@ -11,6 +11,7 @@ import ipaddress
 import os
 import socket
 import ssl
+from collections import Counter
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -171,6 +172,8 @@ def server(
     shutdown_seconds: int,
     keep_alive_seconds: int = 5,
     connection_seconds: float | None = None,
+    first_request_seconds: float = 10,
+    connections_per_client: int | None = None,
     headers: Sequence[tuple[str, str]] = (),
 ) -> Server:
     """A uvicorn server of HTTP/1.1 for an ASGI application; run it with ``server(…).run(sockets=[listen(…)])``.
@@ -182,6 +185,8 @@ def server(
         connections: more at once are answered with 503.
         shutdown_seconds: how long requests under way have at the end.
         connection_seconds: a connection's whole life, whatever it does; ``None`` for any.
+        first_request_seconds: how long a connection may be silent before its first request is complete.
+        connections_per_client: more from one address are cut off, so that nobody takes all; ``None`` for any.
         headers: of every answer.
 
     Raises:
@@ -193,7 +198,7 @@ def server(
         raise missing(error) from None
     config = Config(
         application,
-        http=_connection(connection_seconds),
+        http=_connection(connection_seconds, first_request_seconds, connections_per_client),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -221,20 +226,33 @@ def missing(error: ImportError) -> PlatformError:
     )
 
 
-def _connection(seconds: float | None) -> Any:
+def _connection(seconds: float | None, first: float, most: int | None) -> Any:
     """uvicorn's HTTP/1.1 connection, with an end that a slow peer cannot put off, and the peer's certificate."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
+    from_client: Counter[str] = Counter()
+
     class Connection(H11Protocol):
         _end: asyncio.TimerHandle | None = None
+        _silent: asyncio.TimerHandle | None = None
+        _from = ""
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            self._from = str((transport.get_extra_info("peername") or ("",))[0])
+            from_client[self._from] += 1
+            if most is not None and from_client[self._from] > most:
+                transport.abort()
+                return
+            # uvicorn's own timer begins with the first answer.
+            self._silent = self.loop.call_later(first, transport.abort)
             tls = transport.get_extra_info("ssl_object")
             certificate = tls.getpeercert() if tls is not None else None
             app = self.app
 
             async def with_certificate(scope: Any, receive: Any, send: Any) -> None:
+                if self._silent is not None:
+                    self._silent.cancel()
                 await app({**scope, "client_certificate": certificate}, receive, send)
 
             self.app = with_certificate
@@ -248,8 +266,12 @@ def _connection(seconds: float | None) -> Any:
                 self.loop.call_later(_GOOD_BYE_SECONDS, self.transport.abort)
 
         def connection_lost(self, exc: Exception | None) -> None:
-            if self._end is not None:
-                self._end.cancel()
+            for timer in (self._end, self._silent):
+                if timer is not None:
+                    timer.cancel()
+            from_client[self._from] -= 1
+            if from_client[self._from] <= 0:
+                del from_client[self._from]
             super().connection_lost(exc)
 
     return Connection

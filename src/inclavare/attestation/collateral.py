@@ -453,7 +453,7 @@ def cache_key(quote: bytes) -> str:
 
     if is_report(quote):
         report = SnpReport.from_bytes(quote)
-        what: tuple[object, ...] = ("snp", report.chip_id, report.reported_tcb, report.key_info, report.cpuid_fam_id)
+        what: tuple[object, ...] = ("snp", report.chip_id, report.reported_tcb, report.signing_key, report.cpuid_fam_id)
         what = (*what, report.cpuid_mod_id)
     else:
         parsed = Quote.split(quote)[0]

@@ -466,7 +466,10 @@ def _push_into_layout(what: str, image: str, path: Path, suffix: str) -> None:
         # skopeo keeps the image that had the tag, without a name; who replaces an image wants it gone.
         known = json.loads(before)["manifests"]
         after = json.loads(index.read_bytes())
-        kept = [entry for entry in after["manifests"] if entry.get("annotations") or entry in known]
+        fresh = [entry for entry in after["manifests"] if entry not in known]
+        # An image without a tag replaces the one without; one with a tag, the one that had it.
+        old = known if suffix or not fresh else []
+        kept = [entry for entry in after["manifests"] if entry.get("annotations") or entry in (old or fresh)]
         replaced = len(kept) < len(after["manifests"])
         if replaced:
             write_atomically(index, json.dumps({**after, "manifests": kept}).encode())

@@ -298,10 +298,12 @@ def admit_env(entries: list[str], manifest: Manifest) -> list[str]:
     """
     measured = dict(manifest.process.env)
     out = dict(measured)
+    # A variable that is to hold a secret is never the host's, or withholding the secret would replace it.
+    secrets = {secret.env for secret in manifest.secrets}
     for name, value in _variables(entries).items():
         if name in ENCLAVE_VARIABLES or measured.get(name) == value:
             continue
-        if _matches(name, manifest.process.env_from_host):
+        if name not in secrets and _matches(name, manifest.process.env_from_host):
             out[name] = value
         elif not _matches(name, INJECTED):
             raise PolicyError(

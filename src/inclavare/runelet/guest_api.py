@@ -169,7 +169,7 @@ class GuestApi:
 
     def _owner(self, peer: tuple[str, int]) -> int:
         """The uid of the connection's other end, a process of this container."""
-        for inode, uid in _connections(self._container, peer[1]):
+        for inode, uid in _connections(self._container, peer):
             if any(self._is_inside(pid) for pid in _holders(inode)):
                 return uid
         raise self._refusal("a process of another container")
@@ -200,8 +200,11 @@ class _Server(ThreadingHTTPServer):
         self._free = threading.BoundedSemaphore(_CONNECTIONS)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        self._free.acquire()
-        super().process_request(request, client_address)
+        # Nobody may hold up those who come after by not being served.
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
@@ -304,8 +307,12 @@ def _listen_in(container: int) -> socket.socket:
     return made[0]
 
 
-def _connections(container: int, port: int) -> Iterator[tuple[str, int]]:
-    """Inode and uid of the sockets whose local port is ``port`` and whose other end is this service."""
+def _connections(container: int, peer: tuple[str, int]) -> Iterator[tuple[str, int]]:
+    """Inode and uid of the sockets whose local end is ``peer`` and whose other end is this service.
+
+    The address counts as the port does: others may use the same port of 127.0.0.2.
+    """
+    there = f"{int.from_bytes(socket.inet_aton(peer[0]), 'little'):08X}:{peer[1]:04X}"
     here = f"{int.from_bytes(socket.inet_aton(HOST), 'little'):08X}"
     for table in ("tcp", "tcp6"):
         try:
@@ -317,11 +324,7 @@ def _connections(container: int, port: int) -> Iterator[tuple[str, int]]:
             # sl local remote state queues timer retransmits uid timeout inode …; IPv4 in IPv6 ends in the same digits.
             fields = line.split()
             local, remote = fields[1], fields[2]
-            if (
-                local.endswith(f"{here}:{port:04X}")
-                and remote.endswith(f"{here}:{PORT:04X}")
-                and fields[3] == (_ESTABLISHED)
-            ):
+            if local.endswith(there) and remote.endswith(f"{here}:{PORT:04X}") and fields[3] == (_ESTABLISHED):
                 yield fields[9], int(fields[7])
 
 

@@ -46,7 +46,7 @@ from ..errors import AppraisalError, EvidenceError, InclavareError, PlatformErro
 from . import metrics
 from .jwe import TeeKey
 from .plugins import Plugin, Plugins, Request, Workload
-from .rules import Rule, RuleBook, Rules, make_rule, reason
+from .rules import BUILT_IN, NO_POLICY, Rule, RuleBook, Rules, make_rule, reason
 from .store.errors import Consumed, Invalid, NotFound
 from .telemetry import event, request_id, span
 
@@ -192,6 +192,8 @@ class Decider:
             decision = Decision(
                 "kbs.attest", appraisal.accepted, reasons, policies, digest, appraisal.claims.tee, appraisal
             )
+        if not decision.allowed and any(rule.policy is BUILT_IN for rule in rules.attestation):
+            decision = replace(decision, reasons=tuple({**item, "remedy": NO_POLICY} for item in decision.reasons))
         metrics.VERIFICATION.labels(decision.tee).observe(time.perf_counter() - started)
         self._keep_evidence(tenant, evidence, decision)
         self._audit(tenant, decision, key.holder, {"peer": peer})
@@ -303,6 +305,7 @@ class Decider:
             if plugin is None:
                 raise NotFound("no such plugin", id="verdict.plugin.unknown", found=request.plugin)
             with span("policy", plugin=request.plugin):
+                request = replace(request, judged_by=plugin.policy(tenant, request))
                 failures = self._allowed(tenant, grant, request, plugin, rules, policies)
             reasons = [_plain(failure) for failure in failures]
             if not reasons:
@@ -339,7 +342,7 @@ class Decider:
                     "attest again: policies or reference values have changed since",
                 )
             )
-        own = plugin.policy(tenant, request)
+        own = request.judged_by
         rule: Rule | None = rules.resource if own is None else self._book.named(tenant, own)
         if rule is not None:
             policies.append(rule.label)
@@ -582,7 +585,15 @@ def collateral_source(config: VerdictConfig) -> CollateralSource | None:
     if not made:
         return None
     directory = config.directory / "collateral"
-    return CachedSource(ChainSource(made), directory, refresh_after=config.collateral.refresh_after)
+    refresh = config.collateral.refresh_after
+    # What is on this machine is not kept once more: whoever sends quotes would choose what is written.
+    kept = [
+        CachedSource(source, directory / str(number), refresh_after=refresh)
+        if isinstance(source, PccsSource | KdsSource)
+        else source
+        for number, source in enumerate(made)
+    ]
+    return ChainSource(kept)
 
 
 def _judge_again(rule: Rule, grant: Grant, rules: Rules) -> Appraisal:

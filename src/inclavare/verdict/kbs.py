@@ -176,12 +176,13 @@ class Kbs:
         id = http.cookie(scope, COOKIE)
         if id is None:
             raise _attest_refusal("cookie not found")
+        # The body first: who sends it slowly must not hold a place.
+        raw = await self._body(scope, receive, self._config.limits.evidence)
         if not self._gate.enter():
             metrics.REFUSED.labels("verifications").inc()
             raise Refusal("Unavailable", "too many attestations are under way", 503, **{"retry-after": "1"})
         metrics.UNDER_WAY.inc()
         try:
-            raw = await self._body(scope, receive, self._config.limits.evidence)
             attestation = self._decode(self._attestation, raw, "Attest")
             peer = _peer(scope)
             with span("kbs.attest"):

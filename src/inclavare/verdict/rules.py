@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 FRESH_SECONDS = 1.0
 _TENANTS = 1000
 
+#: Said of a refusal by what is built in.
+NO_POLICY = (
+    "the tenant has no attestation policy of its own, and what is built in accepts production hardware only: "
+    "make one the default with `inclavare verdict policy set ID FILE --default`"
+)
 #: What counts where a tenant has no policy: hardware in production, up to date. Which enclaves get what is then for the
 #: secrets' own policies to say.
 BUILT_IN = Policy(any_enclave=True)

@@ -87,6 +87,7 @@ def serve(config: VerdictConfig, ready: Callable[[str], None]) -> None:
     """
     from .plugins import Plugins
 
+    _harden()  # the store is opened here, too
     host, port = config.address
     with _multiprocess_metrics(config), serving.listen(host, port) as listening:
         shown = f"[{host}]" if ":" in host else host
@@ -134,6 +135,8 @@ def http_server(config: VerdictConfig, application: Application) -> Any:
         application,
         _tls(config),
         connections=config.limits.connections,
+        connections_per_client=max(1, config.limits.connections // 2),
+        first_request_seconds=config.limits.request_time,
         shutdown_seconds=SHUTDOWN_SECONDS,
         keep_alive_seconds=30,
         connection_seconds=config.limits.connection_life,

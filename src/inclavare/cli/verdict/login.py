@@ -59,18 +59,32 @@ def _token(path: Path | None) -> str:
     else:
         text = read_input(path or "-", 16 << 10).decode("ascii", "replace")
     if not re.fullmatch(r"[A-Za-z0-9_=.-]+", text.strip()):
-        raise UsageError("this is not a token", id="verdict.login.token", expected="a JWT, in one line")
+        raise UsageError(
+            "this is not a token",
+            id="verdict.login.token",
+            expected="a JWT, in one line",
+            remedy="name its file with --token-file",
+        )
     return text.strip()
 
 
 def _pinned(host: str, port: int, fingerprint: str) -> str:
     """The certificate that the service shows, if it is this one."""
-    wanted = fingerprint.replace(":", "").strip().lower()
+    wanted = fingerprint.removeprefix("sha256:").replace(":", "").strip().lower()
+    if not re.fullmatch(r"[0-9a-f]{64}", wanted):
+        raise UsageError(
+            "this is no SHA-256 fingerprint",
+            id="verdict.login.fingerprint",
+            found=fingerprint,
+            expected="64 hexadecimal digits",
+            remedy="take it from what `inclavare verdictd init` showed",
+        )
     try:
         pem = ssl.get_server_certificate((host, port), timeout=30)
     except OSError as error:
         raise UsageError("the service cannot be reached", id="verdict.client.unreachable",
-                         found=error.strerror or str(error)) from None  # fmt: skip
+                         found=error.strerror or str(error),
+                         remedy="start it, or correct the URL") from None  # fmt: skip
     found = sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
     if not hmac.compare_digest(found, wanted):
         raise IntegrityError(

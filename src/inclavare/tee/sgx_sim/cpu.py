@@ -8,6 +8,7 @@ small; contents go into the memory encryption engine as they are added.
 from __future__ import annotations
 
 import os
+import threading
 from bisect import bisect_left
 from dataclasses import dataclass, field
 from enum import Enum
@@ -81,6 +82,7 @@ class Processor:
         self.memory = MemoryEncryption(epc_pages)
         self._unused = iter(range(epc_pages))
         self._free: list[int] = []
+        self._frames = threading.Lock()
         self._report_key_id = os.urandom(32)
 
     def load(self, image: EnclaveImage, signature: bytes, *, architectural: bool = False) -> Secs:
@@ -253,10 +255,11 @@ class Processor:
 
     def _frame(self) -> int:
         """The number of a free EPC page."""
-        if self._free:
-            return self._free.pop()
-        for frame in self._unused:
-            return frame
+        with self._frames:
+            if self._free:
+                return self._free.pop()
+            for frame in self._unused:
+                return frame
         raise ResourceError(
             "the enclave page cache (EPC) is full",
             id="tee.epc.full",

@@ -180,7 +180,8 @@ def with_td_qe(directory: Path, processor: Processor) -> Provisioning:
     found = load(directory, processor)
     if not found.td_qe_sigstruct:
         with files.locked(directory):
-            found = load(directory, processor)
+            stored = files.read(directory / FILE)
+            found = found if stored is None else _parse(stored)
             if not found.td_qe_sigstruct:
                 signer = rsa.generate_private_key(public_exponent=3, key_size=3072)
                 found = replace(found, td_qe_sigstruct=architectural.sign(architectural.TD_QE, signer))

@@ -40,6 +40,7 @@ class Request:
         query: of the URI.
         method: ``GET`` or ``POST``.
         body: of a ``POST``.
+        judged_by: id of the resource's own policy by which it was allowed, if it has one.
     """
 
     plugin: str
@@ -47,6 +48,7 @@ class Request:
     query: dict[str, str] = field(default_factory=dict)
     method: str = "GET"
     body: bytes = field(default=b"", repr=False)
+    judged_by: str | None = None
 
     @property
     def name(self) -> str:

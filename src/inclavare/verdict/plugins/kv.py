@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..store import names
+from ..store.errors import Invalid
 
 if TYPE_CHECKING:
     from ..store import Store
@@ -25,10 +26,18 @@ class KvPlugin:
         return self._store.secrets.info(tenant, _path(request)).policy
 
     def fetch(self, tenant: str, request: Request, workload: Workload) -> Answer:
-        """The newest version; a release-once one goes to the first TEE key that asks."""
+        """The newest version; a release-once one goes to the first TEE key that asks.
+
+        Raises:
+            Invalid: ``verdict.secret.changed``: its policy was changed after it was asked for.
+        """
         from . import Answer
 
-        secret = self._store.secrets.fetch(tenant, _path(request), holder=workload.holder)
+        path = _path(request)
+        info = self._store.secrets.info(tenant, path)
+        if info.policy != request.judged_by:
+            raise Invalid("the secret's policy has just been changed", id="verdict.secret.changed", remedy="ask again")
+        secret = self._store.secrets.fetch(tenant, path, holder=workload.holder, version=info.version)
         return Answer(secret.value, {"version": secret.info.version, "release_once": secret.info.release_once})
 
 
