@@ -350,7 +350,8 @@ class Containerd:
 
     def __init__(self, work: Workspace, config: str, **env: str) -> None:
         self.work = work
-        self.namespace = work.root.name
+        # mkdtemp may end in or begin with what a namespace must not.
+        self.namespace = work.root.name.replace("_", "u")
         self.socket = start_containerd(work, config, **env)
         scratch = work.root / "image"
         scratch.mkdir()
