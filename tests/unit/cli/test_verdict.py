@@ -109,6 +109,10 @@ def test_login_to_another_service_is_refused(home: Path, verdictd: Service, tmp_
     assert refused("login", verdictd.url, "--fingerprint", wrong, input=token, code=7) == "verdict.client.certificate"
     assert refused("login", verdictd.url, input=token, code=7) == "verdict.client.certificate"
     assert refused("login", "http://127.0.0.1:1", input=token, code=2) == "verdict.login.url"
+    for malformed in ("xyz", "00:11", ""):
+        assert refused("login", verdictd.url, "--fingerprint", malformed, input=token, code=2) == (
+            "verdict.login.fingerprint"
+        )
     mark = fingerprint(verdictd)
     assert refused("login", verdictd.url, "--fingerprint", mark, input="no token", code=2) == "verdict.login.token"
     assert refused("login", verdictd.url, "--fingerprint", mark, input=token[:-9] + "AAAAAAAAA", code=8) == (

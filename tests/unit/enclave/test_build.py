@@ -412,6 +412,20 @@ def test_existing_image_destinations(layout: Path, tmp_path: Path, signers: Sign
         _build(signers, source, f"oci:{tmp_path}/other:x")
 
 
+@needs_tools
+def test_an_untagged_image_is_replaced(layout: Path, tmp_path: Path, signers: Signers) -> None:
+    source, target = f"oci:{layout}:one", f"oci:{tmp_path}/out"
+    index = tmp_path / "out/index.json"
+    _build(signers, source, target, '[enclave]\nsize = "64M"')
+    before = json.loads(index.read_bytes())["manifests"]
+    _build(signers, source, f"{target}:kept")
+    _build(signers, source, target, '[enclave]\nsize = "128M"', force=True)
+    after = json.loads(index.read_bytes())["manifests"]
+    plain = [entry for entry in after if not entry.get("annotations")]
+    assert len(plain) == 1 and len(after) == 2
+    assert plain[0]["digest"] != before[0]["digest"]
+
+
 @pytest.mark.parametrize("text", ["", "[process]\nargs = []"])
 def test_no_command(rootfs: Path, tmp_path: Path, signers: Signers, text: str) -> None:
     with pytest.raises(UsageError, match=r"my\.toml: process\.args is empty"):

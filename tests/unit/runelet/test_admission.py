@@ -399,3 +399,16 @@ def test_what_has_a_shape_is_admitted_or_refused_and_never_a_fault(value: Any) -
         admission.admit(checked, manifest())
     except InclavareError as error:
         assert error.remedy
+
+
+def test_the_hosts_variables_never_stand_in_for_secrets() -> None:
+    """Or a host that withholds an optional secret could choose it."""
+    text = (
+        '[process]\nargs = ["/bin/app"]\nenv_from_host = ["APP_*"]\n'
+        '[[secrets]]\nuri = "kbs:///a/b/c"\nenv = "APP_KEY"\nrequired = false\n'
+    )
+    manifest = Manifest.parse(text)
+    assert admission.admit_env(["APP_MODE=x"], manifest) == ["APP_MODE=x"]
+    with pytest.raises(PolicyError) as caught:
+        admission.admit_env(["APP_KEY=known"], manifest)
+    assert caught.value.id == "admission.env.refused" and caught.value.found == "APP_KEY"
