@@ -104,7 +104,7 @@ def test_quotes_are_covered(quote: Quote, padding: int) -> None:
     tiles(rows, raw)
     assert next(row.value for row in rows if row.field == "signature") == quote.signature
     with pytest.raises(EvidenceError) as caught:
-        describe(raw + b"\1")
+        describe(raw + b"\1", "quote")
     assert caught.value.id == "evidence.quote.trailing"
 
 
