@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EvidenceError
@@ -22,7 +23,6 @@ MAX_SECRET = 1 << 20
 #: Members of a flattened JWE (RFC 7516, 7.2.2) as the KBS protocol uses it, in the order of the compact form.
 _JWE_KEYS = ("protected", "encrypted_key", "iv", "ciphertext", "tag")
 _RUNTIME_KEYS = frozenset({"additional-evidence", "nonce", "tee-pubkey"})
-_PUBLIC_JWK_KEYS = frozenset({"kty", "crv", "alg", "x", "y"})
 
 
 def runtime_data(nonce: bytes, public_jwk: dict[str, str]) -> dict[str, Any]:
@@ -132,26 +132,18 @@ def encrypt(public_jwk: dict[str, str], secret: bytes) -> dict[str, str]:
         public_jwk: ``tee-pubkey`` out of accepted evidence.
 
     Raises:
-        EvidenceError: ``evidence.channel.key``: not a P-256 public key for ECDH-ES+A256KW.
+        EvidenceError: ``evidence.channel.key``: not a key that :meth:`inclavare.attestation.jwe.TeeKey.parse` takes.
     """
-    from joserfc import jwe as jose
-    from joserfc.errors import JoseError
-    from joserfc.jwk import ECKey
+    from .jwe import TeeKey
 
     try:
-        fixed = {"kty": "EC", "crv": "P-256", "alg": KEY_WRAPPING}
-        if set(public_jwk) != _PUBLIC_JWK_KEYS or any(public_jwk[name] != value for name, value in fixed.items()):
-            raise ValueError(", ".join(f"{key}={value}" for key, value in sorted(public_jwk.items())))
-        key = ECKey.import_key({name: public_jwk[name] for name in ("kty", "crv", "x", "y")})
-        # Checks that the point lies on the curve.
-        _ = key.public_key
-    except (JoseError, ValueError, TypeError, KeyError, AttributeError) as error:
+        key = TeeKey.parse(public_jwk)
+    except EvidenceError as error:
         raise EvidenceError(
             "the enclave's public key cannot be used",
             id="evidence.channel.key",
-            found=str(error),
-            expected=f"an EC P-256 public key for {KEY_WRAPPING}",
+            found=error.found,
+            expected=error.expected,
         ) from None
-    header = {"alg": KEY_WRAPPING, "enc": CONTENT_ENCRYPTION}
-    compact = jose.encrypt_compact(header, secret, key, algorithms=[KEY_WRAPPING, CONTENT_ENCRYPTION])
-    return dict(zip(_JWE_KEYS, compact.split("."), strict=True))
+    made: dict[str, str] = json.loads(key.encrypt(secret))
+    return made

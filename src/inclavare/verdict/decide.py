@@ -41,10 +41,10 @@ from ..attestation.collateral import (
     PlatformSource,
 )
 from ..attestation.ear import EVIDENCE, SUBMODULE, EarIssuer, EarKey, EarVerifier, tee_public_key
+from ..attestation.jwe import TeeKey
 from ..attestation.rego import ResourceDecision, resource_policy
 from ..errors import AppraisalError, EvidenceError, InclavareError, PlatformError
 from . import metrics
-from .jwe import TeeKey
 from .plugins import Plugin, Plugins, Request, Workload
 from .rules import BUILT_IN, NO_POLICY, Rule, RuleBook, Rules, make_rule, reason
 from .store.errors import Consumed, Invalid, NotFound

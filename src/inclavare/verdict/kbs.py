@@ -33,11 +33,11 @@ import msgspec
 
 from ..attestation import Evidence
 from ..attestation.identity import TEES
+from ..attestation.jwe import TeeKey
 from ..errors import EvidenceError, InclavareError
 from . import http, metrics
 from .decide import Decider, Denied, PluginFailed
 from .http import Answer, Receive, Scope
-from .jwe import TeeKey
 from .limits import Gate, Rate
 from .plugins import Request as ResourceRequest
 from .store import names

@@ -18,8 +18,8 @@ from .kv import KvPlugin
 
 if TYPE_CHECKING:
     from ...attestation.claims import Claims
+    from ...attestation.jwe import TeeKey
     from ..config import VerdictConfig
-    from ..jwe import TeeKey
     from ..store import Store
 
 RESOURCE = "resource"

@@ -22,8 +22,8 @@ from cryptography.hazmat.primitives.keywrap import aes_key_wrap
 from joserfc.errors import JoseError
 from joserfc.jwk import ECKey, RSAKey
 
-from ..attestation.channel import CONTENT_ENCRYPTION, KEY_WRAPPING
 from ..errors import EvidenceError
+from .channel import CONTENT_ENCRYPTION, KEY_WRAPPING
 
 OAEP = "RSA-OAEP-256"
 #: Bytes of a coordinate.
