@@ -6,16 +6,14 @@ an enclave that does nothing but leave.
 
 from __future__ import annotations
 
-import datetime
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric import rsa
-
 from inclavare.config import Config
-from inclavare.sgx import sealing, sigstruct
+from inclavare.enclave.signing import sign_once
+from inclavare.sgx import sealing
 from inclavare.sgx.image import (
     PAGE_SIZE,
     PT_REG,
@@ -27,31 +25,12 @@ from inclavare.sgx.image import (
     PageRun,
 )
 from inclavare.sgx.keys import POLICY_MRENCLAVE
-from inclavare.sgx.measure import measure
 from inclavare.sgx.structs import ATTRIBUTE_MODE64BIT, XFRM_LEGACY, KeyRequest, Report, ReportBody, Tcs
 from inclavare.tee import base, skeleton
 from inclavare.tee.sgx_sim import fuses
 from inclavare.tee.sgx_sim.emulator import EmulatedEnclave
 from inclavare.tee.sgx_sim.processor import Processor
 from inclavare.tee.skeleton.protocol import Client
-
-
-def sign(image: EnclaveImage) -> bytes:
-    """A SIGSTRUCT of a signer that is forgotten."""
-    today = datetime.datetime.now(datetime.UTC)
-    return sigstruct.sign(
-        measure(image),
-        rsa.generate_private_key(public_exponent=3, key_size=3072),
-        attributes=image.attributes,
-        attribute_mask=(1 << 64) - 1,
-        xfrm=image.xfrm,
-        xfrm_mask=(1 << 64) - 1,
-        miscselect=image.miscselect,
-        misc_mask=0xFFFFFFFF,
-        isv_prod_id=0,
-        isv_svn=1,
-        date=int(f"{today:%Y%m%d}", 16),
-    ).to_bytes()
 
 
 def leaving() -> EnclaveImage:
@@ -79,13 +58,13 @@ def rate(work: Callable[[], object], seconds: float = 0.5) -> float:
 def contenders() -> Iterator[tuple[str, Callable[[], object]]]:
     """What is measured: name and one call of it."""
     image = skeleton.image()
-    signed = sign(image)
+    signed = sign_once(image)
     with tempfile.TemporaryDirectory() as directory:
         state = Path(directory)
         config = Config(state_dir=state / "state", run_dir=state / "run", log_dir=state / "log")
         roots = fuses.load(config.platform_dir)
         empty = leaving()
-        round_trip = EmulatedEnclave.load(Processor(roots, epc_pages=64), empty, sign(empty))
+        round_trip = EmulatedEnclave.load(Processor(roots, epc_pages=64), empty, sign_once(empty))
         yield "EENTER–EEXIT round trip", round_trip.enter
         loaded = EmulatedEnclave.load(Processor(roots, epc_pages=4096), image, signed)
         client = Client(loaded.call)

@@ -35,6 +35,7 @@ from inclavare.attestation import Evidence, Policy
 from inclavare.attestation.channel import EnclaveChannel, report_data
 from inclavare.attestation.references import References
 from inclavare.config import Config
+from inclavare.enclave.signing import sign_once
 from inclavare.tee.sgx_sim import create
 from inclavare.verdict import decide
 from inclavare.verdict.config import VerdictConfig
@@ -42,7 +43,7 @@ from inclavare.verdict.rules import Rule, Rules
 from inclavare.verdict.server import open_store
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sgx import leaving, sign
+from sgx import leaving
 
 SECRET = b"s" * 32
 
@@ -103,7 +104,7 @@ class Attester:
             Config(state_dir=base / "state", run_dir=base / "run", log_dir=base / "log", epc_size=64 << 20)
         )
         image = leaving()
-        self.enclave = self.platform.load(image, sign(image), label="bench")
+        self.enclave = self.platform.load(image, sign_once(image), label="bench")
         self.channel = EnclaveChannel.new()
         self.collateral = self.platform.collateral()
 

@@ -73,10 +73,12 @@ def contenders() -> Iterator[Contender]:
 
 def enclave_quotes(platform: Any) -> list[Evidence]:
     """Quotes over report bodies that differ in their report data, as the platform's quoting enclave signs them."""
-    from sgx import leaving, sign
+    from sgx import leaving
+
+    from inclavare.enclave.signing import sign_once
 
     image = leaving()
-    enclave = platform.load(image, sign(image), label="bench")
+    enclave = platform.load(image, sign_once(image), label="bench")
     try:
         collateral, target = platform.collateral(), platform.quote_target_info()
         return [

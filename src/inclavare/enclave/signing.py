@@ -157,6 +157,29 @@ def sign_image(image: EnclaveImage, manifest: Manifest, key: RSAPrivateKey, *, m
     return sgx_sigstruct.sign(mrenclave or sgx_measure.measure(image), key, **_fields(image, manifest)).to_bytes()
 
 
+def sign_once(image: EnclaveImage, *, measurement: bytes | None = None) -> bytes:
+    """A SIGSTRUCT, 1808 bytes, by a key that is thrown away. Product 0, version 1; everything as the image has it.
+
+    Args:
+        measurement: what to sign instead of the image's own MRENCLAVE, 32 bytes.
+    """
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+    return sgx_sigstruct.sign(
+        sgx_measure.measure(image) if measurement is None else measurement,
+        rsa.generate_private_key(public_exponent=3, key_size=3072),
+        attributes=image.attributes,
+        attribute_mask=_ALL_64,
+        xfrm=image.xfrm,
+        xfrm_mask=_ALL_64,
+        miscselect=image.miscselect,
+        misc_mask=_ALL_32,
+        isv_prod_id=0,
+        isv_svn=1,
+        date=signing_date(),
+    ).to_bytes()
+
+
 def unsigned_data(image: EnclaveImage, manifest: Manifest, *, mrenclave: bytes | None = None) -> bytes:
     """What a signer elsewhere signs (RSASSA-PKCS1-v1_5 with SHA-256): 256 bytes, SIGSTRUCT's 0–127 and 900–1027."""
     made = sgx_sigstruct.unsigned(mrenclave or sgx_measure.measure(image), **_fields(image, manifest))

@@ -102,6 +102,7 @@ class Subject:
         """Load more than there is, without a page being touched."""
         from dataclasses import replace
 
+        from ...enclave.signing import sign_once
         from ...sgx.image import PAGE_SIZE, PT_REG, SECINFO_R, SECINFO_W, PageRun
         from ...tee import skeleton
 
@@ -110,7 +111,7 @@ class Subject:
         heap = PageRun(image.size, PT_REG | SECINFO_R | SECINFO_W, pages, None, measured=False)
         wanted = replace(image, size=1 << heap.end.bit_length(), runs=(*image.runs, heap))
         try:
-            self.platform.load(wanted, signed(wanted, measurement=bytes(32)), label="selftest").destroy()
+            self.platform.load(wanted, sign_once(wanted, measurement=bytes(32)), label="selftest").destroy()
         except ResourceError as error:
             return f"refused as it should be: {error.message}"
         raise PlatformError("an enclave larger than the EPC was loaded", id="cli.selftest.epc", remedy="report this")
@@ -297,29 +298,6 @@ class Hardware(Subject):
         return "usable"
 
 
-def signed(image: EnclaveImage, *, measurement: bytes | None = None) -> bytes:
-    """A SIGSTRUCT by a key that is thrown away."""
-    from cryptography.hazmat.primitives.asymmetric import rsa
-
-    from ...enclave.signing import signing_date
-    from ...sgx.measure import measure
-    from ...sgx.sigstruct import sign
-
-    return sign(
-        measure(image) if measurement is None else measurement,
-        rsa.generate_private_key(public_exponent=3, key_size=3072),
-        attributes=image.attributes,
-        attribute_mask=(1 << 64) - 1,
-        xfrm=image.xfrm,
-        xfrm_mask=(1 << 64) - 1,
-        miscselect=image.miscselect,
-        misc_mask=0xFFFFFFFF,
-        isv_prod_id=0,
-        isv_svn=0,
-        date=signing_date(),
-    ).to_bytes()
-
-
 def kernel_option(name: str, root: Path, release: str) -> str | None:
     """A kernel option's value, ``""`` if it is not set, ``None`` if the kernel does not show its options."""
     import gzip
@@ -364,6 +342,7 @@ def describe(root: Path = Path("/")) -> dict[str, str]:
 
 def perform(subject: Subject) -> Iterator[Step]:
     """Every step, one after the other; what depends on a step that did not pass is skipped."""
+    from ...enclave.signing import sign_once
     from ...tee import skeleton
     from ...tee.skeleton.protocol import Client
 
@@ -374,7 +353,7 @@ def perform(subject: Subject) -> Iterator[Step]:
         # The last of them says whether enclaves can be loaded.
         ready = step.status == PASS
     image = skeleton.image(debug=True)
-    signature = signed(image) if ready else b""
+    signature = sign_once(image) if ready else b""
     loaded: list[Enclave] = []
 
     def load() -> str:

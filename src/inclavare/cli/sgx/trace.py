@@ -95,28 +95,11 @@ def command(
 
 def _skeleton(debug: bool) -> tuple[EnclaveImage, bytes]:
     """The skeleton, signed with a key that is thrown away."""
-    from cryptography.hazmat.primitives.asymmetric import rsa
-
-    from ...enclave.signing import signing_date
-    from ...sgx.measure import measure
-    from ...sgx.sigstruct import sign
+    from ...enclave.signing import sign_once
     from ...tee import skeleton
 
     image = skeleton.image(debug=debug)
-    signed = sign(
-        measure(image),
-        rsa.generate_private_key(public_exponent=3, key_size=3072),
-        attributes=image.attributes,
-        attribute_mask=(1 << 64) - 1,
-        xfrm=image.xfrm,
-        xfrm_mask=(1 << 64) - 1,
-        miscselect=image.miscselect,
-        misc_mask=(1 << 32) - 1,
-        isv_prod_id=1,
-        isv_svn=1,
-        date=signing_date(),
-    )
-    return image, signed.to_bytes()
+    return image, sign_once(image)
 
 
 def _read(enclave: Path, sigstruct: Path) -> tuple[EnclaveImage, bytes]:
