@@ -7,6 +7,7 @@ For SEV-SNP reports: ``certificates`` (PEM: VCEK or VLEK, and what of ASK and AR
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -49,6 +50,7 @@ REFRESH_AFTER = 86400
 #: Bytes of a collateral file; a PCK CRL can have a megabyte.
 MAX_FILE = 16 << 20
 _IN_MEMORY = 64
+_ON_DISK = 1000
 _log = logging.getLogger("inclavare.attestation.collateral")
 
 
@@ -393,7 +395,16 @@ class CachedSource:
         self._remember(key, entry)
         if self._directory is not None:
             entry.write(self._directory / f"{key}.json")
+            self._prune(self._directory)
         return fetched
+
+    @staticmethod
+    def _prune(directory: Path) -> None:
+        """Keep the newest entries: who sends quotes must not choose how much is kept."""
+        with contextlib.suppress(OSError):
+            found = [(entry.stat().st_mtime_ns, entry.path) for entry in os.scandir(directory)]
+            for _, path in sorted(found)[:-_ON_DISK]:
+                os.unlink(path)
 
 
 @dataclass(frozen=True, slots=True)

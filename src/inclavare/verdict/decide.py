@@ -587,13 +587,14 @@ def collateral_source(config: VerdictConfig) -> CollateralSource | None:
     directory = config.directory / "collateral"
     refresh = config.collateral.refresh_after
     # What is on this machine is not kept once more: whoever sends quotes would choose what is written.
-    kept = [
-        CachedSource(source, directory / str(number), refresh_after=refresh)
-        if isinstance(source, PccsSource | KdsSource)
-        else source
-        for number, source in enumerate(made)
-    ]
-    return ChainSource(kept)
+    return ChainSource(
+        [
+            CachedSource(source, directory / sha256(name.encode()).hexdigest()[:16], refresh_after=refresh)
+            if isinstance(source, PccsSource | KdsSource)
+            else source
+            for name, source in zip(config.collateral.sources, made, strict=True)
+        ]
+    )
 
 
 def _judge_again(rule: Rule, grant: Grant, rules: Rules) -> Appraisal:

@@ -165,6 +165,21 @@ def test_cache(real: tuple[bytes, dict[str, str]], tmp_path: Path) -> None:
     assert source.asked == 3, "an entry of the future is not trusted"
 
 
+def test_cache_keeps_the_newest(
+    real: tuple[bytes, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quote, parts = real
+    monkeypatch.setattr(sources, "_ON_DISK", 3)
+    directory = tmp_path / "cache"
+    cache = CachedSource(Counting(parts), directory, clock=Clock(NOW))
+    for number in range(5):
+        (directory / f"{number}.json").write_bytes(b"{}")
+        os.utime(directory / f"{number}.json", (number, number))
+    cache.fetch(quote)
+    assert {"3.json", "4.json"} < {entry.name for entry in directory.iterdir()}
+    assert len(list(directory.iterdir())) == 3
+
+
 def test_cache_without_a_directory(real: tuple[bytes, dict[str, str]]) -> None:
     quote, parts = real
     source = Counting(parts)
