@@ -416,6 +416,7 @@ def _decode(kind: type, value: Any) -> Any:
         if not isinstance(value, str) or (value and not value.startswith("/")):
             raise ValueError("an absolute path")
         return AbsolutePath(value)
+    # What msgspec expects of a dec_hook for a type that it does not know.
     raise NotImplementedError(kind)
 
 

@@ -24,6 +24,8 @@ from verdict_service import SECRET, Service, make_config, make_store, running
 
 from inclavare.config import Config
 from inclavare.tee.sgx_sim import SimulatedPlatform, create
+from inclavare.verdict.plugins import Request
+from inclavare.verdict.plugins.kv import KvPlugin
 from inclavare.verdict.store import Quotas
 
 # --- the protocol
@@ -245,6 +247,26 @@ def test_nonce_serves_one_attestation(service: Service) -> None:
     reply = client.attest(body)
     assert (reply.status, reply.error) == (401, "AttestationError")
     assert "begin a new session" in reply.detail
+
+
+def test_secret_that_gets_another_policy_while_it_is_judged(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets, path = service.store.secrets, "app/key/moved"
+    service.store.policies.put("default", "others", "toml", service.policy(b"somebody else"))
+    secrets.put("default", path, b"for everybody")
+    client = service.client()
+    client.handshake()
+    assert client.get(path) == b"for everybody"
+    judge = KvPlugin.policy
+
+    def overtaken(self: KvPlugin, tenant: str, request: Request) -> str | None:
+        policy = judge(self, tenant, request)
+        secrets.put("default", path, b"for others", policy="others")
+        return policy
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KvPlugin, "policy", overtaken)
+        assert client.resource(path).error == "PolicyDeny"
+    assert service.last_decision().detail["reasons"][0]["id"] == "verdict.secret.changed"
 
 
 def test_same_nonce_twice_at_once(service: Service) -> None:
@@ -470,6 +492,25 @@ def test_slow_body(tmp_path: Path, platform: SimulatedPlatform, signers: Signers
                 started = time.monotonic()
                 assert b" 408 " in tls.recv(4096)
                 assert time.monotonic() - started < 5
+
+
+def test_who_sends_evidence_slowly_holds_no_place(
+    tmp_path: Path, platform: SimulatedPlatform, signers: Signers
+) -> None:
+    config = make_config(tmp_path / "state", "[limits]\nverifications = 1\n")
+    with make_store(config) as store:
+        store.tenants.create("default")
+        with running(config, store, platform, signers) as service:
+            slow, client = service.client(), service.client()
+            assert slow.auth().status == client.auth().status == 200
+            context = ssl.create_default_context(cafile=config.certificate)
+            host, port = service.url.removeprefix("https://").split(":")
+            with context.wrap_socket(socket.create_connection((host, int(port))), server_hostname=host) as tls:
+                cookie = f"Cookie: kbs-session-id={slow.cookie}\r\n"
+                head = f"POST /kbs/v0/attest HTTP/1.1\r\nHost: x\r\n{cookie}Expect: 100-continue\r\n"
+                tls.sendall(f"{head}Content-Length: 100\r\n\r\n".encode())
+                assert b" 100 " in tls.recv(4096), "the service is reading the body"
+                assert client.attest().status == 401, "it is judged (nobody allows sgx-sim), not sent away with 503"
 
 
 def test_tls_below_1_3_is_refused(service: Service) -> None:
