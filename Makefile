@@ -3,12 +3,13 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PYTHON ?= /usr/bin/python3
 BIN := .venv/bin
+ROUNDS ?= 10
 COVERED := sgx tee enclave attestation shield
 comma := ,
 empty :=
 space := $(empty) $(empty)
 
-.PHONY: help setup demo test unit lint bench conformance fuzz mutate lock clean
+.PHONY: help setup demo test unit lint bench conformance property fuzz mutate lock clean
 
 help: ## this text
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,7 +22,7 @@ demo: setup ## an image becomes an enclave container, is attested and gets a sec
 
 test: setup ## all tests, with branch coverage of what decides (ARGS=-k name)
 	@rm -f .coverage .coverage.*
-	@status=0; $(BIN)/coverage run --branch -m pytest $(ARGS) || status=$$?; \
+	@status=0; $(BIN)/coverage run --branch -m pytest --hypothesis-profile=repeatable $(ARGS) || status=$$?; \
 	$(BIN)/coverage report --skip-empty --include='$(subst $(space),$(comma),$(foreach p,$(COVERED),*/inclavare/$(p)/*))'; \
 	exit $$status
 
@@ -42,6 +43,10 @@ bench: setup ## ratios against runc and crun, side by side (ARGS=--json)
 
 conformance: setup ## suites that others wrote, given by path (ARGS=--help)
 	@$(BIN)/python tests/conformance/run.py $(ARGS)
+
+property: setup ## the property tests with new examples, again and again (ROUNDS=10)
+	@for round in $$(seq $(ROUNDS)); do echo "round $$round of $(ROUNDS)"; \
+	$(BIN)/python -m pytest -q -m hypothesis tests/unit $(ARGS) || exit; done
 
 fuzz: setup ## coverage-guided fuzzing of every parser (ARGS="--seconds 300 --only quote")
 	@$(BIN)/python tests/fuzz/run.py $(ARGS)

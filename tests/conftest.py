@@ -5,6 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# What `make test` and CI use: the same examples each time, so that a change is judged by what it changes. Plain pytest
+# and `make property` draw new ones.
+settings.register_profile("repeatable", derandomize=True, database=None)
 
 REPO = Path(__file__).resolve().parent.parent
 

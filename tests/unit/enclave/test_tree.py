@@ -16,7 +16,7 @@ import recompute
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from inclavare.enclave.tree import BLOCK_SIZE, MAX_DEPTH, DigestCache, Tree, build, content_root
+from inclavare.enclave.tree import BLOCK_SIZE, MAX_DEPTH, RESERVED_NAME, DigestCache, Tree, build, content_root
 from inclavare.errors import IntegrityError, ResourceError, UsageError
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="changing owners and making devices needs root")
@@ -371,7 +371,7 @@ def _make(path: bytes, entry: object, mode: int) -> None:
             _make(path + b"/" + name, below, mode)
 
 
-@given(st.dictionaries(_name.filter(lambda name: name != b".inclavare"), _entry, max_size=5), st.integers(0, 0o777))
+@given(st.dictionaries(_name.filter(lambda name: name != RESERVED_NAME), _entry, max_size=5), st.integers(0, 0o777))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_tree_round_trips_and_agrees(tmp_path: Path, entries: dict[bytes, object], mode: int) -> None:
     root = tmp_path / "any"
