@@ -22,7 +22,7 @@ _CHUNKS = PAGE_SIZE // CHUNK
 #: Bytes that are hashed for a page that is measured whole.
 PAGE_BLOCKS = _EADD.size + _CHUNKS * (_EEXTEND.size + CHUNK)
 #: Pages whose blocks are built at once: large enough to amortise the calls, small enough to stay in the cache.
-_BATCH = 64
+_BATCH = 32
 _BATCH_UNMEASURED = 1024
 
 

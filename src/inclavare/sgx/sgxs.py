@@ -76,7 +76,8 @@ class Stream:
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+        # Every binary file has it, although typing.BinaryIO does not say so.
+        self._readinto: Callable[[memoryview], int | None] = file.readinto  # type: ignore[attr-defined]
         self._space = memoryview(bytearray(2 * _BATCH * PAGE_BLOCKS))
         self._buffer = self._space[:0]
         self._passed = 0
@@ -215,11 +216,10 @@ class Stream:
         left = len(self._buffer)
         self._space[:left] = self._buffer.tobytes()
         while left < size:
-            more = self._file.read(len(self._space) - left)
+            more = self._readinto(self._space[left:])
             if not more:
                 break
-            self._space[left : left + len(more)] = more
-            left += len(more)
+            left += more
         self._buffer = self._space[:left]
         return left >= size
 

@@ -185,12 +185,13 @@ def test_memory_stays_flat() -> None:
             self._left = ECREATE[:12] + struct.pack("<Q", 1 << 30) + ECREATE[20:]
             self._next = 0
 
-        def read(self, size: int) -> bytes:
+        def readinto(self, buffer: memoryview) -> int:
             if not self._left:
                 self._left = b"".join(page(n * 4096) for n in range(self._next, min(self._next + 16, pages)))
                 self._next += 16
-            taken, self._left = self._left[:size], self._left[size:]
-            return taken
+            taken, self._left = self._left[: len(buffer)], self._left[len(buffer) :]
+            buffer[: len(taken)] = taken
+            return len(taken)
 
     tracemalloc.start()
     try:
