@@ -70,4 +70,8 @@ def podman(rune: Path) -> Iterator[Podman]:
     """podman, configured as ``inclavare install podman`` does it."""
     need("podman", "conmon", "busybox")
     work = Workspace("podman")
-    yield from _opened(lambda: Podman(work, _engines.podman_add("", str(rune))), work)  # type: ignore[misc]
+    # podman hands the runtime an environment of its own: the configuration of these tests goes in by a wrapper.
+    wrapper = work.root / "rune"
+    wrapper.write_text(f'#!/bin/sh\nINCLAVARE_CONFIG="{work.env["INCLAVARE_CONFIG"]}" exec "{rune}" "$@"\n')
+    wrapper.chmod(0o755)
+    yield from _opened(lambda: Podman(work, _engines.podman_add("", str(wrapper))), work)  # type: ignore[misc]
