@@ -1,7 +1,8 @@
-"""ocicrypt's key provider, with skopeo, and call by call.
+"""ocicrypt's key provider, with skopeo, with containerd, and call by call.
 
 Debian 12 builds its skopeo 1.9.3 with ocicrypt 1.0, which knows no key providers: the environment's ``SKOPEO`` names
-another one, built with ocicrypt 1.1 or later (``-tags containers_image_openpgp``, no C needed).
+another one, built with ocicrypt 1.1 or later (``-tags containers_image_openpgp``, no C needed). ``IMGCRYPT`` names the
+directory with containerd/imgcrypt's ``ctr`` and ``ctd-decoder``, which Debian does not have.
 """
 
 from __future__ import annotations
@@ -176,6 +177,69 @@ def test_skopeo_encrypts_for_an_enclave_and_decrypts_in_it(
     done = skopeo(tmp_path, builder, *decrypt, sealed, f"oci:{tmp_path}/again:v1")
     assert done.returncode != 0
     assert "released to attested enclaves only" in done.stderr
+
+
+# --- the same with containerd
+
+
+@pytest.mark.daemon
+@pytest.mark.crun
+def test_containerd_encrypts_for_an_enclave_and_runs_what_it_decrypts(
+    service: Service, builder: Server, tmp_path: Path
+) -> None:
+    """containerd hands encrypted layers to imgcrypt's ``ctd-decoder``, which asks the enclave's half for their keys."""
+    if "IMGCRYPT" not in os.environ:
+        pytest.skip("IMGCRYPT=<directory> names no ctr and ctd-decoder of containerd/imgcrypt 1.1")
+    sys.path.insert(0, str(Path(__file__).parents[2] / "integration"))
+    from daemons import Containerd, Workspace
+
+    tools, found = Path(os.environ["IMGCRYPT"]), tmp_path / "ocicrypt.json"
+    decoded = "application/vnd.oci.image.layer.v1.tar"
+    config = f"""version = 2
+disabled_plugins = ["io.containerd.grpc.v1.cri"]
+[stream_processors."io.containerd.ocicrypt.decoder.v1.tar"]
+accepts = ["{decoded}+encrypted"]
+returns = "{decoded}"
+path = "{tools}/ctd-decoder"
+env = ["OCICRYPT_KEYPROVIDER_CONFIG={found}"]
+[stream_processors."io.containerd.ocicrypt.decoder.v1.tar.gzip"]
+accepts = ["{decoded}+gzip+encrypted"]
+returns = "{decoded}+gzip"
+path = "{tools}/ctd-decoder"
+env = ["OCICRYPT_KEYPROVIDER_CONFIG={found}"]
+"""
+    containerd = Containerd(Workspace("ctr"), config)
+    sealed = "docker.io/inclavare/sealed:1"
+
+    def ctr(server: Server, *words: str) -> subprocess.CompletedProcess[str]:
+        found.write_text(json.dumps({"key-providers": {keyprovider.PROVIDER: {"grpc": server.address}}}))
+        argv = [str(tools / "ctr"), *containerd.argv(*words)[1:]]
+        env = {**containerd.work.env, "OCICRYPT_KEYPROVIDER_CONFIG": str(found)}
+        return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+    def run(server: Server) -> subprocess.CompletedProcess[str]:
+        key = f"provider:{keyprovider.PROVIDER}:x"
+        return ctr(server, "run", "--rm", "--key", key, "--runc-binary", "runc", sealed, "c", "cat", "/home/user/hello")
+
+    try:
+        recipient = f"provider:{keyprovider.PROVIDER}:keyid={KID}"
+        made = ctr(builder, "images", "encrypt", "--recipient", recipient, containerd.image, sealed)
+        assert made.returncode == 0, made.stderr
+        assert ctr(builder, "images", "remove", "--sync", containerd.image).returncode == 0
+        # What was unpacked before it was encrypted must not be what runs.
+        for line in containerd("snapshots", "ls").stdout.splitlines()[1:]:
+            assert containerd("snapshots", "rm", line.split()[0]).returncode == 0
+        with Server(unwrapper(service, b"another"), tmp_path / "other" / "sock") as server:
+            refused = run(server)
+        assert refused.returncode != 0
+        assert "policy.mrenclave" in refused.stderr
+        assert containerd("snapshots", "ls", "-q").stdout.count("sha256:") == 0
+        with Server(unwrapper(service), tmp_path / "enclave" / "sock") as server:
+            done = run(server)
+        assert done.stdout == "hello\n", done.stderr
+        assert service.last_decision().action == "kbs.release"
+    finally:
+        containerd.close()
 
 
 def test_the_commands_serve_until_sigterm(service: Service, tmp_path: Path) -> None:
