@@ -176,11 +176,13 @@ def attestation_files() -> str:
     rows = []
     for number, (name, mode) in attestfs._FILES.items():
         size = f"{attestfs._SIZES[number]} bytes" if number in attestfs._SIZES else "the platform's"
-        rows.append((f"`{name.decode()}`", f"{mode:04o}", size, "yes"))
+        rows.append((f"`{name.decode()}`", f"{mode:04o}", size, "no" if name == b"collateral" else "yes"))
     for name, key in attestfs._SEALING.values():
         rows.append((f"`keys/{name.decode()}` (seal key, policy {key})", "0400", f"{attestfs.KEY_SIZE} bytes", "yes"))
     rows.append(("`keys/default`", "0600", f"0 or {attestfs.KEY_SIZE} bytes", "yes"))
     rows.append(("`secrets/NAME`", "0400", "the secret's", "no"))
+    for name in attestfs._TRANSACTIONS.values():
+        rows.append((f"`{name.decode()}` (a request is written, its answer read)", "0600", "0", "no"))
     return table(("File below `/dev/attestation`", "Mode", "Size", "In Gramine"), rows)
 
 

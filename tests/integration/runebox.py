@@ -6,12 +6,16 @@ import json
 import os
 import shutil
 import subprocess
+import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import inclavare
 
 APPLETS = [
     "sh",
@@ -47,6 +51,27 @@ def need(*programs: str) -> None:
     missing = [program for program in programs if shutil.which(program) is None]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)} (make setup)")
+
+
+#: What a process started by ``python_mounts`` needs in its environment.
+PYTHON_ENV = "PYTHONPATH=/opt/src:/opt/packages"
+
+
+def python_mounts() -> list[dict[str, Any]]:
+    """Mounts that give a container the host's Python with this tree's package and what it depends on."""
+    if Path("/usr/bin/python3").resolve().name != f"python3.{sys.version_info.minor}":
+        pytest.skip("needs the host's python3 in the version that runs the tests")
+    mounts = {
+        "/usr": "/usr",
+        "/lib": "/lib",
+        "/lib64": "/lib64",
+        "/opt/src": str(Path(inclavare.__file__).parents[1]),
+        "/opt/packages": sysconfig.get_paths()["platlib"],
+    }
+    return [
+        {"destination": destination, "type": "bind", "source": source, "options": ["rbind", "ro"]}
+        for destination, source in mounts.items()
+    ]
 
 
 class RuneBox:

@@ -5,17 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import sys
-import sysconfig
 import time
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
-from runebox import RuneBox, wait_for
-
-import inclavare
+from runebox import PYTHON_ENV, RuneBox, python_mounts, wait_for
 
 pytestmark = pytest.mark.crun
 
@@ -41,9 +37,6 @@ class Machine:
     """A machine with one image, whose containers have directories of the host's at ``/data`` and ``/signal``."""
 
     def __init__(self, box: RuneBox) -> None:
-        python = Path("/usr/bin/python3")
-        if python.resolve().name != f"python3.{sys.version_info.minor}":
-            pytest.skip("needs the host's python3 in the version that runs the tests")
         self.box = box
         self.volume = box.base / "volume"
         self.signal = box.base / "signal"
@@ -59,25 +52,15 @@ class Machine:
 
     def bundle(self, *args: str, name: str = "bundle") -> Path:
         """A bundle that runs ``args`` of the image with Python and this tree's package."""
-        mounts = {
-            "/usr": "/usr",
-            "/lib": "/lib",
-            "/lib64": "/lib64",
-            "/opt/src": str(Path(inclavare.__file__).parents[1]),
-            "/opt/packages": sysconfig.get_paths()["platlib"],
-        }
 
         def change(config: dict[str, Any]) -> None:
-            config["mounts"] += [
-                {"destination": destination, "type": "bind", "source": source, "options": ["rbind", "ro"]}
-                for destination, source in mounts.items()
-            ]
+            config["mounts"] += python_mounts()
             config["mounts"] += [
                 {"destination": destination, "type": "bind", "source": str(source), "options": ["bind", "rw"]}
                 for destination, source in (("/data", self.volume), ("/signal", self.signal))
             ]
 
-        made = self.box.bundle(*args, name=name, env=("PYTHONPATH=/opt/src:/opt/packages",), change=change)
+        made = self.box.bundle(*args, name=name, env=(PYTHON_ENV,), change=change)
         application = made / "rootfs/app/state.py"
         if not application.exists():
             application.parent.mkdir()

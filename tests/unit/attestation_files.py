@@ -25,7 +25,13 @@ needs_fuse = pytest.mark.skipif(
 def calls_of(enclave: SimulatedEnclave, quote: Any = bytes, **other: Any) -> EnclaveCalls:
     """What an enclave's files ask of it; ``other`` replaces some."""
     calls = EnclaveCalls(
-        enclave.target_info, enclave.report, quote, enclave.seal_key, enclave.egetkey, enclave.counters
+        my_target_info=enclave.target_info,
+        report=enclave.report,
+        quote=quote,
+        collateral=lambda: b"{}",
+        seal_key=enclave.seal_key,
+        egetkey=enclave.egetkey,
+        counters=enclave.counters,
     )
     return replace(calls, **other)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import InclavareError
 from ..log import EventLog
 from ._appraisals import load_policy, root_option
 from ._output import json_option
@@ -41,7 +42,9 @@ class _Address(click.ParamType[tuple[str, int]]):
 @click.option("--collateral", "collateral_path", type=_EXISTING,
               help="Collateral (JSON) for peers that bring none.")  # fmt: skip
 @click.option("--pccs", metavar="URL", help="PCCS to ask for the collateral of peers that bring none.")
-@click.option("--endorsements", type=_EXISTING, help="Collateral (JSON) that goes out with this enclave's evidence.")
+@click.option("--endorsements", type=_EXISTING,
+              help="Collateral (JSON) that goes out with this enclave's evidence.  [default: the platform's]",
+)  # fmt: skip
 @click.option("--legacy", is_flag=True, help="server: Gramine's extension in the certificate, too.")
 @click.option("--certificate-only", type=click.IntRange(1), metavar="SECONDS",
               help="Accept peers that answer no challenges, with certificates valid for so long.")  # fmt: skip
@@ -146,6 +149,8 @@ def _teller(path: Path | None, mode: str, *, as_json: bool) -> Callable[..., Non
         if as_json:
             click.echo(json.dumps({"event": event, **fields}))
         else:
+            if "reason" in fields:
+                fields["reason"] = InclavareError.from_dict(fields["reason"]).one_line()
             shown = ", ".join(f"{key} {_short(value)}" for key, value in fields.items() if value is not None)
             click.echo(f"{event.partition('.')[2]}: {shown}")
         sys.stdout.flush()

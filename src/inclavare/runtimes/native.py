@@ -8,6 +8,7 @@ against other users and against changed images, not against the host's root (doc
 from __future__ import annotations
 
 import copy
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,6 +146,7 @@ class NativeSession:
                 my_target_info=enclave.target_info,
                 report=enclave.report,
                 quote=quote,
+                collateral=lambda: json.dumps(platform.collateral()).encode(),
                 seal_key=enclave.seal_key,
                 egetkey=enclave.egetkey,
                 counters=enclave.counters,

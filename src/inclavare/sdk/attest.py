@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..errors import PlatformError, UsageError
 
@@ -41,6 +42,24 @@ def quote(report_data: bytes) -> bytes:
     """
     _set_report_data(report_data)
     return _path("quote").read_bytes()
+
+
+def collateral() -> dict[str, Any] | None:
+    """Collateral for this platform's quotes in dcap-qvl's layout, or ``None`` where the platform has none.
+
+    It is no evidence: whoever verifies checks it like collateral from anywhere else.
+
+    Raises:
+        PlatformError: this process does not run in an enclave.
+    """
+    import json
+
+    _path("quote")
+    try:
+        found: dict[str, Any] = json.loads((DIRECTORY / "collateral").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found
 
 
 def report(target_info: bytes, report_data: bytes) -> bytes:

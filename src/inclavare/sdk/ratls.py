@@ -62,7 +62,8 @@ class EnclaveAttester:
     """Quotes of the enclave that this process runs in, through ``/dev/attestation``.
 
     Args:
-        collateral: file with collateral in dcap-qvl's layout, for verifiers that have no source of their own.
+        collateral: file with collateral in dcap-qvl's layout, for verifiers that have no source of their own; by
+            default the platform's, from ``/dev/attestation/collateral``.
     """
 
     def __init__(self, collateral: Path | None = None) -> None:
@@ -81,7 +82,7 @@ class EnclaveAttester:
     def collateral(self) -> dict[str, Any] | None:
         """See :class:`~inclavare.attestation.ratls.Attester`."""
         if self._collateral is None:
-            return None
+            return attest.collateral()
         from ..attestation.collateral import FileSource
 
         return FileSource(self._collateral).fetch(b"").parts

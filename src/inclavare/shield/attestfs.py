@@ -9,6 +9,7 @@ target_info         rw    512 bytes, likewise
 my_target_info      r     512 bytes, this enclave's TARGETINFO
 report              r     432 bytes, EREPORT over target_info and user_report_data
 quote               r     DCAP quote over user_report_data
+collateral          r     JSON in dcap-qvl's layout for whoever verifies these quotes (not in Gramine)
 keys/NAME           rw    16 raw bytes; ``_sgx_mrenclave`` and ``_sgx_mrsigner`` are read-only
 secrets/NAME        r     a secret that a relying party released to this enclave (not in Gramine)
 egetkey             rw    write a KEYREQUEST, read status and key (not in Gramine; see .transactions)
@@ -29,6 +30,7 @@ import re
 import stat
 import struct
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -50,6 +52,7 @@ class EnclaveCalls:
     my_target_info: Callable[[], bytes]
     report: Callable[[bytes, bytes], bytes]
     quote: Callable[[bytes], bytes]
+    collateral: Callable[[], bytes]
     seal_key: Callable[[str], bytes]
     egetkey: Callable[[bytes], bytes]
     counters: Counters | None
@@ -76,8 +79,11 @@ _FILES = {
     13: (b"my_target_info", 0o444),
     14: (b"report", 0o444),
     15: (b"quote", 0o444),
+    18: (b"collateral", 0o444),
 }
-_EGETKEY, _COUNTER = 16, 17
+_EGETKEY, _COUNTER, _COLLATERAL = 16, 17, 18
+#: Seconds for which the platform is not asked for its collateral again; on hardware that is a call over the network.
+_COLLATERAL_AGE = 60.0
 _TRANSACTIONS = {_EGETKEY: b"egetkey", _COUNTER: b"counter"}
 #: Bytes; a quote's length is the platform's and is asked for once.
 _SIZES = {10: 4, 11: REPORT_DATA_SIZE, 12: TARGET_INFO_SIZE, 13: TARGET_INFO_SIZE, 14: REPORT_SIZE}
@@ -114,6 +120,8 @@ class AttestFs:
         self._last = _Written()
         self._default_key = b""
         self._quote_size = 0
+        self._collateral = b""
+        self._collateral_at = -_COLLATERAL_AGE
         self._handles: dict[int, _Handle] = {}
         self._numbers = itertools.count(1)
         self._secret_nodes: dict[bytes, int] = {}
@@ -190,10 +198,22 @@ class AttestFs:
 
     def _size(self, node: int) -> int:
         """True sizes, though Gramine says 0: programs that copy with sendfile or splice believe them."""
+        if node == _COLLATERAL:
+            try:
+                return len(self._current_collateral())
+            except Exception:  # a platform without collateral is no reason that the directory cannot be listed
+                return 0
         size = _SIZES.get(node, 0)
         if size == 0 and self._quote_size == 0:
             self._quote_size = len(self._calls.quote(bytes(REPORT_DATA_SIZE)))
         return size or self._quote_size
+
+    def _current_collateral(self) -> bytes:
+        """Empty where the platform was asked a moment ago and had none."""
+        if time.monotonic() - self._collateral_at >= _COLLATERAL_AGE:
+            self._collateral_at = time.monotonic()
+            self._collateral = self._calls.collateral()
+        return self._collateral
 
     def _lookup(self, request: fuse.Request) -> bytes:
         node = self._children(request.node).get(request.name())
@@ -241,6 +261,10 @@ class AttestFs:
             return self._calls.report(written.target_info, written.report_data)
         if name == b"quote":
             return self._calls.quote(written.report_data)
+        if name == b"collateral":
+            if not (known := self._current_collateral()):
+                raise fuse.FuseError(errno.EIO)
+            return known
         if node in _SEALING:
             return self._calls.seal_key(_SEALING[node][1])
         if node == _DEFAULT_KEY:

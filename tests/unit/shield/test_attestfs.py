@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,8 +84,8 @@ def dev(platform: SimulatedPlatform, load: Any) -> Iterator[Mounted]:
 
 def test_names_sizes_and_modes(dev: Mounted) -> None:
     assert sorted(os.listdir(dev.point)) == [
-        "attestation_type", "counter", "egetkey", "keys", "my_target_info", "quote", "report", "secrets", "target_info",
-        "user_report_data",
+        "attestation_type", "collateral", "counter", "egetkey", "keys", "my_target_info", "quote", "report", "secrets",
+        "target_info", "user_report_data",
     ]  # fmt: skip
     assert sorted(os.listdir(dev.point / "keys")) == ["_sgx_mrenclave", "_sgx_mrsigner", "default"]
     sizes = {name: (dev.point / name).stat().st_size for name in os.listdir(dev.point)}
@@ -112,6 +113,37 @@ def test_report_and_quote_carry_what_was_written(dev: Mounted, tmp_path: Path) -
     assert dev.read("target_info") == dev.read("my_target_info") == dev.enclave.target_info()
     shutil.copyfile(dev.point / "report", tmp_path / "report")  # by sendfile
     assert len((tmp_path / "report").read_bytes()) == 432
+
+
+def test_collateral_is_the_platforms_and_is_not_fetched_at_every_look(load: Any, tmp_path: Path) -> None:
+    asked: list[float] = []
+    answers: list[bytes | Exception] = [b'{"tcb_info": 1}', b'{"tcb_info": 2}']
+
+    def collateral() -> bytes:
+        asked.append(time.monotonic())
+        answer = answers[len(asked) - 1]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    enclave, faults = load(), list[BaseException]()
+    with mounted(calls_of(enclave, collateral=collateral), faults) as point:
+        file = point / "collateral"
+        assert (file.stat().st_size, stat.S_IMODE(file.stat().st_mode)) == (15, 0o444)
+        shutil.copyfile(file, tmp_path / "copy")
+        assert file.read_bytes() == (tmp_path / "copy").read_bytes() == b'{"tcb_info": 1}'
+        with pytest.raises(PermissionError):
+            file.write_bytes(b"{}")
+    assert (len(asked), faults) == (1, [])
+    asked.clear()
+    answers[:] = [PlatformError("the PCCS does not answer")]
+    with mounted(calls_of(enclave, collateral=collateral), faults) as point:
+        assert (point / "collateral").stat().st_size == 0
+        assert "quote" in os.listdir(point)
+        with pytest.raises(OSError, match="Input/output error"):
+            (point / "collateral").read_bytes()
+    assert len(asked) == 1
+    enclave.destroy()
 
 
 @pytest.mark.parametrize(("length", "kept"), [(0, 0), (1, 1), (10, 10), (64, 64), (65, 64), (3000, 64)])

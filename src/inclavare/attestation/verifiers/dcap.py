@@ -234,7 +234,7 @@ def _parts(collateral: dict[str, str] | None) -> tuple[str, ...]:
             "there is no collateral",
             None,
             "TCB info, QE identity and CRLs",
-            "pass the collateral of the platform, for example from its PCCS",
+            "pass the collateral of the platform, from a file or its PCCS",
         )
     try:
         return (*[collateral[key] for key in _PART_KEYS], collateral.get(PCK_CHAIN_KEY, ""))
