@@ -105,7 +105,7 @@ env = "WORD"
 """
         script = "id -u; stat -c %a,%u /run/app-key; cat /run/app-key; echo; echo $WORD; busybox wget -qO- {}"
         api = "http://127.0.0.1:8006/cdh/resource/app/key/1"
-        identity = built(engine, "secrets", manifest, f"sleep 1; {script.format(api)}")
+        identity = built(engine, "secrets", manifest, script.format(api))
         root = work.run(*PROGRAM, "sgx", "platform", "show", "--root-ca").stdout
         policy = f"mrenclave = [\"{identity['mrenclave']}\"]\nsimulated = \"allow\"\ntrust_anchor = '''{root}'''\n"
         store.policies.put("default", "engine", "toml", policy)
