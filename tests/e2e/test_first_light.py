@@ -277,10 +277,32 @@ def test_secret_vault(node: Node) -> None:
     assert node.inclavare("secret", "delete", "key", "--vault", vault).returncode == 2
 
 
+@pytest.mark.parametrize(
+    ("manifest", "id"),
+    [
+        ('[[secrets]]\nuri = "kbs:///default/key/app"\npath = "/run/key"\n', "runelet.secret.unavailable"),
+        ('[attestation]\nverdictd = "http://verdictd"\ntrust_anchor = "system"\n', "kbs.url"),
+        ('[attestation]\nverdictd = "https://verdictd"\n', "kbs.trust_anchor"),
+        ('[attestation]\nverdictd = "https://verdictd"\ntrust_anchor = "verdictd.pem"\n', "kbs.trust_anchor"),
+        ('[[files.encrypted]]\npath = "/data"\nkey = "kbs:///a/b/c"\n', "runelet.secret.unavailable"),
+    ],
+)
+def test_images_that_could_never_start_are_not_built(node: Node, manifest: str, id: str) -> None:
+    source, toml = node.bundle() / "rootfs", node.base / "enclave.toml"
+    toml.write_text(manifest + '\n[process]\nargs = ["/bin/true"]\n')
+    done = node.inclavare("build", source, node.base / "image", "-m", toml, "--tee", "sgx-sim", "--json")
+    assert done.returncode != 0
+    refusal = json.loads(done.stdout)["error"]
+    assert (refusal["id"], bool(refusal["remedy"])) == (id, True)
+    assert not (node.base / "image").exists()
+
+
 def test_required_secret_without_a_broker_stops_the_start(node: Node) -> None:
-    image = node.build(manifest='[[secrets]]\nuri = "kbs:///default/key/app"\npath = "/run/key"\n')
-    manifest = json.loads((image / ".inclavare/manifest.json").read_text())["process"]
-    done = node.run(node.bundle(*manifest["args"], tee="sgx-sim", rootfs=image))
+    """An image may be older than the build's own check."""
+    template = node.base / "default.toml"
+    template.write_text('[[secrets]]\nuri = "kbs:///default/key/app"\npath = "/run/key"\n')
+    node.configure(f'[signing]\ndefault_manifest = "{template}"')
+    done = node.run(node.bundle("/bin/true", tee="sgx-sim"))
     assert done.returncode == 1
     assert "runelet.secret.unavailable" in done.stderr
 

@@ -151,17 +151,8 @@ class KbsClient:
     def __init__(
         self, url: str, trust_anchor: str, attester: Attester, *, tee: str, policy: str = "", deadline: float = DEADLINE
     ) -> None:
-        self._host, self._port, self._base = _split(url)
+        self._host, self._port, self._base, self._anchor = parse_service(url, trust_anchor)
         self._url = url
-        if not trust_anchor.strip():
-            raise UsageError(
-                "the key broker is named, but not what its certificate is checked against",
-                id="kbs.trust_anchor",
-                found="none",
-                expected=f"PEM certificates, a SHA-256 fingerprint, or {SYSTEM!r}",
-                remedy="set [attestation] trust_anchor to what `inclavare verdictd init` shows",
-            )
-        self._anchor = TrustAnchor(trust_anchor)
         self._attester = attester
         self._tee = tee
         self._policy = policy
@@ -411,6 +402,24 @@ class _Again(Exception):
         super().__init__(reason)
         self.reason = reason
         self.after = after
+
+
+def parse_service(url: str, trust_anchor: str) -> tuple[str, int, str, TrustAnchor]:
+    """Host, port and path of a key broker, and what its certificate is checked against.
+
+    Raises:
+        UsageError: ``kbs.url`` or ``kbs.trust_anchor``.
+    """
+    host, port, base = _split(url)
+    if not trust_anchor.strip():
+        raise UsageError(
+            "the key broker is named, but not what its certificate is checked against",
+            id="kbs.trust_anchor",
+            found="none",
+            expected=f"PEM certificates, a SHA-256 fingerprint, or {SYSTEM!r}",
+            remedy="set [attestation] trust_anchor to what `inclavare verdictd init` shows",
+        )
+    return host, port, base, TrustAnchor(trust_anchor)
 
 
 def _split(url: str) -> tuple[str, int, str]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ._enclaves import image_of, key_option, manifest_option, read_manifest, signing_key, tls_option
 from ._output import Steps, json_option, note, print_fields, print_json, size
 from ._references import bundle_options, signer, write_bundle
+
+if TYPE_CHECKING:
+    from ..enclave.manifest import Manifest
 
 
 @click.command("build")
@@ -62,7 +66,7 @@ def command(
     target = opened if destination is None else Reference.parse(destination, destination=True)
     text, name = read_manifest(manifest_path)
     with Steps() as steps:
-        recipe = Recipe(signing_key(key_path), image_of, text, name, tee, debug)
+        recipe = Recipe(signing_key(key_path), image_of, text, name, tee, debug, _check_secrets)
         built = build_image(
             opened, target, recipe, in_place=in_place, force=force, tls_verify=tls_verify, progress=steps
         )
@@ -91,3 +95,19 @@ def command(
     )
     if manifest.enclave.tee == ("sgx",) and tee is None and not Path("/dev/sgx_enclave").exists():
         note("it runs on SGX hardware only; for a machine without, build with --tee sgx-sim")
+
+
+def _check_secrets(manifest: Manifest) -> None:
+    """Refuse now what would be refused at every start: a key broker or a secret that nobody could ask for.
+
+    Raises:
+        InclavareError: ``kbs.*`` or ``runelet.secret.unavailable``.
+    """
+    if manifest.attestation.verdictd:
+        from ..attestation.kbs_client import parse_service
+
+        parse_service(manifest.attestation.verdictd, manifest.attestation.trust_anchor)
+    if manifest.secrets or manifest.files.encrypted:
+        from ..runelet import broker
+
+        broker.check(manifest)

@@ -213,6 +213,7 @@ class Recipe:
         source_name: its name, for errors.
         tee: the only TEE platform, instead of the manifest's.
         debug: instead of the manifest's.
+        check: refuses manifests that could not be started, by what is known above this package.
     """
 
     key: RSAPrivateKey
@@ -221,12 +222,16 @@ class Recipe:
     source_name: str = "enclave.toml"
     tee: str | None = None
     debug: bool | None = None
+    check: Callable[[Manifest], None] | None = None
 
     def manifest(self, config: dict[str, Any], rootfs: Path) -> Manifest:
         """:func:`derive_manifest` with this recipe."""
-        return derive_manifest(
+        made = derive_manifest(
             config, rootfs, source=self.source, source_name=self.source_name, tee=self.tee, debug=self.debug
         )
+        if self.check is not None:
+            self.check(made)
+        return made
 
 
 def build_image(

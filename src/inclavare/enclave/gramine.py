@@ -101,6 +101,8 @@ class GramineManifest:
             UsageError: ``gramine.manifest``: not TOML, or a value that Gramine would refuse.
         """
         document = _document(data)
+        if not {"libos", "loader", "sgx"} & document.keys():
+            raise _refusal("it is no manifest of Gramine's", ", ".join(document) or "nothing", "libos, loader and sgx")
         sgx = complete(document)["sgx"]
         xfrm, mask = _features(sgx, named="cpu_features" in document.get("sgx", {}))
         size = _size(sgx["enclave_size"])
