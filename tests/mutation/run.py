@@ -24,7 +24,7 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "tokens": (("sgx/tokens.py",), ("unit/sgx/test_tokens.py",)),
     "sigstruct": (("sgx/sigstruct.py",), ("unit/sgx/test_sigstruct.py",)),
     "sealing": (("sgx/sealing.py",), ("unit/sgx/test_sealing.py",)),
-    "report": (("sgx/report.py",), ("unit/tee/test_sgx_sim_processor.py", "unit/tee/test_sgx_sim_quoting.py")),
+    "report": (("sgx/report.py",), ("unit/sgx/test_report.py",)),
     "container-processor": (("tee/sgx_sim/cpu.py",), ("unit/tee/test_sgx_sim_processor.py",)),
     "memory": (("tee/sgx_sim/memory.py",), ("unit/tee/test_sgx_sim_memory.py",)),
     "processor-build": (

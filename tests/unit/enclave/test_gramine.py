@@ -87,7 +87,7 @@ def test_sigstruct_fields_are_gramines(more: str, features: str, fields: tuple[i
         b"\xff",
         b"sgx = 1",
         b"",
-        b"[enclave]\nsize = \"1G\"",
+        b'[enclave]\nsize = "1G"',
         b"[sgx]\ncpu_features = 1",
         *(manifest(more) for more in ('debug = "yes"', "edmm_enable = 1")),
         *(manifest("", features) for features in ('avx = "maybe"', 'pkru = "unspecified"', "mpx = 1")),

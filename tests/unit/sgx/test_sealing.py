@@ -135,6 +135,12 @@ def test_additional_data(wrong: bytes) -> None:
     assert On().open(blob, b"file name") == b"state"
 
 
+@pytest.mark.parametrize("size", [0, 7, 8, HEADER_SIZE - 17, HEADER_SIZE, HEADER_SIZE + 15])
+def test_what_is_cut_short_is_told_so(size: int) -> None:
+    refused("sealing.blob.magic", Sealed.parse, On().seal(b"")[:size])
+    refused("sealing.blob.magic", Sealed.parse, b"X" + On().seal(b"state")[1:])
+
+
 def test_header_and_additional_data_cannot_be_shifted_into_one_another() -> None:
     blob = On().seal(b"state", aad=b"\0" * 16)
     shorter = blob[:12] + b"\0\0\0\0" + blob[16:]

@@ -71,6 +71,15 @@ def test_every_byte_of_a_real_one_counts(vectors: Path, name: str, at: int, chan
         verify(Sigstruct.from_bytes(bytes(damaged)))
 
 
+def test_modulus_is_odd_and_of_3072_bits(signers: Signers) -> None:
+    signed = sign_image(small_image(), signers.ours)
+    modulus = int.from_bytes(signed.modulus, "little")
+    for wrong in (modulus - 1, modulus >> 1 | 1):
+        with pytest.raises(IntegrityError) as caught:
+            verify(replace(signed, modulus=wrong.to_bytes(384, "little")))
+        assert caught.value.id == "sgx.sigstruct.modulus"
+
+
 def test_causes_are_told_apart(signers: Signers) -> None:
     signed = sign_image(small_image(), signers.ours)
     other = sign_image(small_image(), signers.theirs)

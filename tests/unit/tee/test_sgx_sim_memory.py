@@ -125,6 +125,18 @@ def test_a_replayed_page_is_noticed_even_with_its_tree(engine: MemoryEncryption,
     refused_and_locked(engine, lambda: engine.read(0))
 
 
+def test_a_page_and_its_node_do_not_return_when_a_neighbours_version_is_the_same() -> None:
+    """The counters above a node count its changes: a neighbour's first write must not bring an old value back."""
+    engine = MemoryEncryption(PAGES)
+    engine.write(0, page_of(b"first"))
+    old = engine.store.copy()
+    engine.write(0, page_of(b"second"))
+    engine.write(1, page_of(b"a neighbour's first"))
+    engine.store.pages[0], engine.store.tags[0] = old.pages[0], old.tags[0]
+    engine.store.nodes[0, 0] = old.nodes[0, 0]
+    refused_and_locked(engine, lambda: engine.read(0))
+
+
 def test_the_whole_store_replayed_is_noticed(engine: MemoryEncryption) -> None:
     old = engine.store.copy()
     engine.write(0, page_of(b"newer"))

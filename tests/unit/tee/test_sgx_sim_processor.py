@@ -15,7 +15,7 @@ from inclavare.sgx.image import PAGE_SIZE, PT_REG, PT_TCS, SECINFO_R, SECINFO_W,
 from inclavare.sgx.keys import KEY_PROVISION, RootKeys
 from inclavare.sgx.measure import measure
 from inclavare.sgx.sigstruct import mrsigner
-from inclavare.sgx.structs import ATTRIBUTE_PROVISIONKEY, KeyRequest, ReportBody, Sigstruct, TargetInfo
+from inclavare.sgx.structs import ATTRIBUTE_KSS, ATTRIBUTE_PROVISIONKEY, KeyRequest, ReportBody, Sigstruct, TargetInfo
 from inclavare.tee.sgx_sim import SimulatedEnclave, SimulatedPlatform, cpu, create, usage
 
 RW = PT_REG | SECINFO_R | SECINFO_W
@@ -119,6 +119,10 @@ def test_provisioning_key_is_for_the_platforms_own_enclaves(platform: SimulatedP
         ("sgx.eadd.range", {"size": 4 * PAGE_SIZE}),
         ("sgx.eadd.occupied", {"runs": (PageRun(0, RW, 2), PageRun(PAGE_SIZE, RW, 1))}),
         ("sgx.eadd.occupied", {"runs": (PageRun(PAGE_SIZE, RW, 1), PageRun(0, RW, 2))}),
+        (
+            "sgx.eadd.occupied",
+            {"runs": (PageRun(0, RW, 1), PageRun(PAGE_SIZE, RW, 2), PageRun(2 * PAGE_SIZE, RW, 1))},
+        ),
         ("sgx.eadd.secinfo", {"runs": (PageRun(0, RW | 1 << 5, 1),)}),
         ("sgx.eadd.secinfo", {"runs": (PageRun(0, SECINFO_R, 1),)}),
         ("sgx.eadd.secinfo", {"runs": (PageRun(0, PT_REG | SECINFO_W, 1),)}),
@@ -131,6 +135,30 @@ def test_images_that_no_processor_loads(
 ) -> None:
     image = replace(small_image(), **change)
     assert refused(platform, image, sign_image(small_image(), signers.ours).to_bytes()).id == id
+
+
+def test_pages_may_touch_and_reach_the_end(platform: SimulatedPlatform, signers: Signers) -> None:
+    last = PageRun(3 * PAGE_SIZE, RW, 1, b"z" * PAGE_SIZE)
+    image = replace(small_image(), size=4 * PAGE_SIZE, runs=(last, PageRun(PAGE_SIZE, RW, 2), PageRun(0, RW, 1)))
+    enclave = platform.load(image, sign_image(image, signers.ours).to_bytes(), label="full")
+    assert enclave.read(3 * PAGE_SIZE, PAGE_SIZE) == b"z" * PAGE_SIZE
+    assert enclave.epc_pages == 5
+    enclave.destroy()
+
+
+def test_family_needs_kss_and_is_reported(platform: SimulatedPlatform, signers: Signers) -> None:
+    """SDM, EINIT: without ATTRIBUTES.KSS, ISVFAMILYID and ISVEXTPRODID have to be zero."""
+    named = {"isv_family_id": b"f" * 16, "isv_ext_prod_id": b"e" * 16}
+    plain = small_image()
+    unasked = sign_image(plain, signers.ours, attribute_mask=ALL_BUT_DEBUG & ~ATTRIBUTE_KSS, **named)
+    assert refused(platform, plain, unasked.to_bytes()).id == "sgx.einit.isvfamilyid"
+    kss = replace(plain, attributes=plain.attributes | ATTRIBUTE_KSS, miscselect=1, ssa_frame_size=2)
+    signature = sign_image(kss, signers.ours, attributes=kss.attributes, miscselect=1, **named).to_bytes()
+    enclave = platform.load(kss, signature, label="kss")
+    body = enclave.verify_report(enclave.report(enclave.target_info(), bytes(64)))
+    assert (body.isv_family_id, body.isv_ext_prod_id, body.miscselect) == (b"f" * 16, b"e" * 16, 1)
+    assert TargetInfo.from_bytes(enclave.target_info()).miscselect == 1
+    enclave.destroy()
 
 
 def test_report_carries_the_enclaves_identity(load: Load) -> None:
