@@ -136,8 +136,8 @@ def hex_bytes(text: str, what: str, minimum: int, maximum: int) -> bytes:
     try:
         value = bytes.fromhex(text)
     except ValueError:
-        value = b""
-    if not minimum <= len(value) <= maximum:
+        value = None
+    if value is None or not minimum <= len(value) <= maximum:
         raise UsageError(
             f"{what} is not hexadecimal of the right length",
             id="cli.hex",

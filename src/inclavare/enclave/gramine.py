@@ -318,6 +318,24 @@ def check_trusted_files(manifest: bytes) -> None:
             )
 
 
+def require_hashes(manifest: bytes) -> None:
+    """Refuse a manifest whose trusted files have no hashes yet: Gramine runs what its signing tool makes of it.
+
+    Raises:
+        UsageError: ``gramine.manifest``, ``gramine.unsigned``.
+    """
+    entries = complete(_document(manifest))["sgx"]["trusted_files"]
+    for entry in entries if isinstance(entries, list) else ():
+        if not isinstance(entry, dict) or "sha256" not in entry:
+            raise UsageError(
+                "the manifest's trusted files have no hashes: it is not the one that Gramine will run",
+                id="gramine.unsigned",
+                found=entry if isinstance(entry, str) else entry.get("uri") if isinstance(entry, dict) else None,
+                expected="a .manifest.sgx, with sha256 for each file",
+                remedy="name the .manifest.sgx, or have `inclavare sgx sign` write it with --manifest-out",
+            )
+
+
 def _entrypoint(loader: Any, libos: Path | None) -> dict[str, Any]:
     entrypoint = loader.get("entrypoint", {}) if isinstance(loader, dict) else None
     if isinstance(entrypoint, str):

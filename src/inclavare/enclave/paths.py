@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -178,8 +179,10 @@ def write_atomically(path: Path, content: bytes, mode: int = 0o644, *, durable: 
                 os.fsync(parent)
             finally:
                 os.close(parent)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+    except OSError as error:
+        error.filename = str(path)  # what the caller knows, not the temporary file
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise
 
 

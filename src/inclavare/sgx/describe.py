@@ -87,7 +87,9 @@ def recognise(data: bytes) -> str:
         id=f"sgx.describe.{'ambiguous' if candidates else 'unknown'}",
         found=names if candidates else f"{len(data)} bytes",
         expected="one kind" if candidates else names or "a structure of its exact size, a quote, a certificate",
-        remedy="name the kind with --as" + (f": {names}" if names else ""),
+        remedy="name the kind with --as"
+        + (f": {names}" if names else "")
+        + ("" if candidates or names else "; for a whole enclave (.sgxs, .so) use inclavare sgx measure"),
     )
 
 

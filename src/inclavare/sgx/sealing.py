@@ -226,7 +226,7 @@ class Sealed:
         view = memoryview(blob).cast("B")
         head = bytes(view[:HEADER_SIZE])
         if len(view) < HEADER_SIZE + TAG_SIZE or not head.startswith(MAGIC):
-            raise _not_sealed("magic", "not sealed data, or cut short", head[:8].hex(), MAGIC.hex())
+            raise _not_sealed("magic", "not sealed data, or cut short", head[:8].hex() or "nothing", MAGIC.hex())
         version = int.from_bytes(head[8:10], "little")
         if version != VERSION:
             raise _not_sealed(

@@ -197,7 +197,7 @@ def catsig(data: bytes, signature: bytes, modulus: int) -> Sigstruct:
     """
     made = parse_gendata(data)
     if len(signature) != RSA_SIZE:
-        raise _refusal("signature", "the signature has the wrong length", found=f"{len(signature)} bytes", expected=384)
+        raise _not_signed(f"{len(signature)} bytes", f"{RSA_SIZE} bytes")
     # No signature verifies in both orders: e³ mod n of a reversed one is as good as random.
     for order in _ORDERS:
         try:
@@ -206,7 +206,17 @@ def catsig(data: bytes, signature: bytes, modulus: int) -> Sigstruct:
         except IntegrityError:
             continue
         return complete
-    raise _refusal("signature", "the signature does not verify")
+    raise _not_signed("another key's, or over other bytes", "this public key's over these 256 bytes")
+
+
+def _not_signed(found: str, expected: str) -> IntegrityError:
+    return IntegrityError(
+        "the signature that was made elsewhere does not fit",
+        id="sgx.sigstruct.signature",
+        found=found,
+        expected=expected,
+        remedy="sign the file from --gendata with RSA-3072 (exponent 3), PKCS#1 v1.5, SHA-256, and name that key",
+    )
 
 
 def public_modulus(pem: bytes) -> int:

@@ -133,6 +133,21 @@ def test_a_gramine_manifest(gramine: tuple[Path, Path], tmp_path: Path, signers:
     assert run("measure", text, "--libpal", pal)[0] == 7
 
 
+def test_a_gramine_manifest_without_hashes(gramine: tuple[Path, Path], tmp_path: Path, signers: Signers) -> None:
+    """It is another enclave than the one that Gramine's signing tool makes of it."""
+    text, pal = gramine
+    trusted = tmp_path / "trusted"
+    trusted.write_bytes(b"trusted")
+    text.write_bytes(manifest(f'trusted_files = ["file:{trusted}"]'))
+    key, out, signed = key_file(tmp_path, signers), tmp_path / "out.sig", tmp_path / "out.manifest.sgx"
+    for words in (("measure", text), ("sign", text, "--key", key, "-o", out)):
+        code, found = run(*words, "--libpal", pal)
+        assert (code, found["error"]["id"]) == (2, "gramine.unsigned")
+    assert not out.exists()
+    assert run("sign", text, "--libpal", pal, "--key", key, "-o", out, "--manifest-out", signed)[0] == 0
+    assert run("measure", signed, "--libpal", pal)[1]["matches"] is True
+
+
 def test_cmp_of_streams(tmp_path: Path, signers: Signers) -> None:
     left, right = (
         stream(tmp_path / "a.sgxs", small_image()),

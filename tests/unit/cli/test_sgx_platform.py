@@ -165,7 +165,8 @@ def test_td_quote(node: Path) -> None:
     piped = call("td-quote", "--mrtd", "ab" * 48)
     assert Quote.from_bytes(piped.stdout_bytes).td_report().mr_td == b"\xab" * 48
     assert call("td-quote", "--mrtd", "ab" * 47).exit_code == 2
-    assert call("td-quote", "--mrtd", "ab" * 48, "--report-data", "00" * 65).exit_code == 2
+    for wrong in ("00" * 65, "zz", "0x00", "hello world"):
+        assert call("td-quote", "--mrtd", "ab" * 48, "--report-data", wrong).exit_code == 2
     assert call("td-quote", "--mrtd", "ab" * 48, *["--rtmr", "00" * 48] * 5).exit_code == 2
 
 

@@ -26,6 +26,12 @@ def _call(*arguments: str | Path, **more: Any) -> Result:
     return CliRunner().invoke(main, ["sgx", "sign", *(str(argument) for argument in arguments)], **more)
 
 
+def test_an_output_that_cannot_be_written_is_named(stream: Path, key: Path, tmp_path: Path) -> None:
+    result = _call(stream, "--key", key, "-o", tmp_path / "no" / "out.sig")
+    assert result.exit_code != 0
+    assert str(tmp_path / "no" / "out.sig") in result.stderr and ".new" not in result.stderr
+
+
 def _signed(path: Path) -> Sigstruct:
     found = Sigstruct.from_bytes(path.read_bytes())
     verify(found)
@@ -67,6 +73,27 @@ def test_standard_input_and_output(stream: Path, key: Path) -> None:
     signed = Sigstruct.from_bytes(result.stdout_bytes)
     verify(signed)
     assert signed.enclave_hash == measure(small_image())
+
+
+@pytest.mark.parametrize(
+    ("words", "id"),
+    [
+        (("--vendor", "5"), "sgx.sign.vendor"),
+        (("--xfrm", "4"), "sgx.sign.xfrm"),
+        (("--xfrm", "1", "--xfrm-mask", "2"), "sgx.sign.xfrm"),
+        (("--attributes", "5"), "sgx.sign.attributes"),
+    ],
+)
+def test_what_no_processor_accepts_is_not_signed(
+    stream: Path, key: Path, tmp_path: Path, words: tuple[str, ...], id: str
+) -> None:
+    out = tmp_path / "out.sig"
+    for way in (("--key", key, "-o", out), ("--gendata", out)):
+        result = _call(stream, *way, *words, "--json")
+        assert (result.exit_code, json.loads(result.stdout)["error"]["id"]) == (2, id)
+        assert not out.exists()
+    # What the mask leaves open is nobody's affair.
+    assert _call(stream, "--key", key, "-o", out, "--xfrm", "4", "--xfrm-mask", "0xfffffffffffffffc").exit_code == 0
 
 
 def test_every_field(key: Path, tmp_path: Path) -> None:

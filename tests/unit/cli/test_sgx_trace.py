@@ -144,6 +144,7 @@ def test_enclave_from_files(tmp_path: Path, signers: Signers) -> None:
     found = steps(stream, "--sigstruct", signature)
     assert events(found) == ["LOADED", "EENTER", "EEXIT", "ANSWER"]
     assert found[-1]["answer"] == "rdi=0x2a rsi=0x0"
+    assert steps(stream) == found, "beside it, as for sgx measure"
     signature.write_bytes(sign_image(skeleton.image(), signers.ours).to_bytes())
     assert call(stream, "--sigstruct", signature).exit_code == 7
 
@@ -157,6 +158,17 @@ def test_enclave_that_never_ends(tmp_path: Path, signers: Signers) -> None:
     result = call(stream, "--sigstruct", signature, "--budget", "10000")
     assert result.exit_code == 6
     assert "tee.emulator.budget" in result.stderr
+
+
+def test_what_cannot_be_traced_says_what_to_do(tmp_path: Path) -> None:
+    alone, shared = tmp_path / "alone.sgxs", tmp_path / "enclave.signed.so"
+    with alone.open("wb") as file:
+        sgxs.write(small_image(), file)
+    shared.write_bytes(b"\x7fELF" + bytes(100))
+    for path, id, remedy in ((alone, "cli.trace.sigstruct", "sgx sign"), (shared, "cli.trace.kind", "sgx measure")):
+        result = call(path)
+        assert result.exit_code == 2
+        assert id in result.stderr and remedy in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,9 @@ def test_a_real_snp_guest(vectors: Path, form: str) -> None:
     assert done.exit_code == 3 and "an SEV-SNP guest on snp, launch digest a1f39304" in done.output
     assert "snp.reported_tcb.microcode" in done.output and "by SEV-Milan" in done.output
     assert claims(call(report, "--collateral", path, *AT, "--json"))["snp"]["processor"] == "Milan"
+    other = vectors / "collateral" / "phala_sgx_quote_collateral.json"
+    mistaken = call(report, "--collateral", other, *AT)
+    assert mistaken.exit_code == 4 and "evidence.collateral.mismatch" in mistaken.output
     damaged = bytearray(report.read_bytes())
     damaged[0x90] ^= 1
     Path("damaged").write_bytes(damaged)

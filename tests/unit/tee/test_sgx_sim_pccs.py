@@ -175,6 +175,15 @@ def test_crls(http: httpx.Client, sim: SimulatedPlatform) -> None:
     assert x509.load_pem_x509_crl(answer.content).public_bytes(Encoding.DER).hex() == ours["pck_crl"]
     answer = http.get(f"{SGX}/rootcacrl")
     assert (answer.status_code, answer.text) == (200, ours["root_ca_crl"])
+    (point,) = (
+        x509.load_der_x509_certificate(sim.root_ca())
+        .extensions.get_extension_for_class(x509.CRLDistributionPoints)
+        .value
+    )
+    answer = http.get(f"{SGX}/crl", params={"uri": point.full_name[0].value})
+    assert (answer.status_code, answer.content.hex()) == (200, ours["root_ca_crl"])
+    assert http.get(f"{SGX}/crl?uri=https://elsewhere/").status_code == 404
+    assert http.get(f"{SGX}/crl").status_code == 400
 
 
 @pytest.mark.parametrize(("base", "tdx"), [(SGX, False), (TDX, True)])

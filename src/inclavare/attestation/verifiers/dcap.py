@@ -340,7 +340,7 @@ def _check_qe_kind(document: dict[str, Any], tee: str) -> None:
         raise refused(
             "collateral.mismatch",
             "the QE identity's kind does not fit the quote",
-            found,
+            f"{found[0]}, version {found[1]}",
             f"{expected}, version {' or '.join(map(str, versions))}",
             "fetch the collateral of this platform",
         )

@@ -87,6 +87,14 @@ class SnpVerifier:
                 "the VCEK or VLEK certificate",
                 "let the attester send it, or fetch it from AMD's key distribution service",
             )
+        if SNP_CERTIFICATES_KEY not in given:
+            raise refused(
+                "collateral.mismatch",
+                "the collateral is not that of an SEV-SNP report",
+                ", ".join(sorted(given))[:200],
+                SNP_CERTIFICATES_KEY,
+                "give the VCEK or VLEK certificate, or fetch it from AMD's key distribution service",
+            )
         key = _key(given[SNP_CERTIFICATES_KEY], given.get(SNP_CRL_KEY, ""))
         key.validity.check(now)
         _check_belongs(report, key)

@@ -160,7 +160,7 @@ class TcbInfo:
             raise refused(
                 "collateral.mismatch",
                 "the TCB info's kind does not fit the quote",
-                (tee, document["version"], document["tcbType"]),
+                f"{tee}, version {document['version']}, type {document['tcbType']}",
                 f"{expected}, version 3, type 0",
                 "fetch the collateral of this platform",
             )

@@ -57,7 +57,9 @@ class EnclaveFile:
             from ...enclave import gramine
 
             assert self.libpal is not None
-            return gramine.image(self.path.read_bytes(), self.libpal.read_bytes())
+            manifest = self.path.read_bytes()
+            gramine.require_hashes(manifest)
+            return gramine.image(manifest, self.libpal.read_bytes())
         from ...sgx import sgxs
 
         signed = self.sigstruct
@@ -140,16 +142,17 @@ def open_enclave(path: Path, sigstruct: Path | None = None, libpal: Path | None 
         raise UsageError(
             f"{path} is no enclave that is known here",
             id="cli.enclave.kind",
-            found=head.hex(),
+            found=head.hex() or "an empty file",
             expected="an .sgxs stream, a shared object of Intel's SDK, or a Gramine manifest (.manifest.sgx)",
             remedy="for an enclave image of containers use inclavare measure",
         )
-    beside = sigstruct or next((file for file in _beside(path) if file.is_file()), None)
-    if beside is not None:
-        found.sigstruct, found.sigstruct_path = Sigstruct.from_bytes(beside.read_bytes()), beside
+    signed = sigstruct or next((file for file in beside(path) if file.is_file()), None)
+    if signed is not None:
+        found.sigstruct, found.sigstruct_path = Sigstruct.from_bytes(signed.read_bytes()), signed
     return found
 
 
-def _beside(path: Path) -> list[Path]:
+def beside(path: Path) -> list[Path]:
+    """Where an enclave's SIGSTRUCT is looked for."""
     stem = path.with_name(path.name.removesuffix(".manifest.sgx")) if path.name.endswith(".manifest.sgx") else path
     return [stem.with_suffix(".sig"), stem.with_suffix(".sigstruct"), path.with_name(f"{path.name}.sig")]

@@ -161,6 +161,7 @@ def command(
         raise click.UsageError("--public-key belongs to --catsig and --signing-service.")
     measured, own = _measure(source, libpal, manifest_out) if source is not None else (mrenclave or b"", {})
     all_fields: Any = {**_defaults(), **own, **(_read(config) if config is not None else {}), **fields}
+    _check_fields(all_fields)
     if key_path is not None:
         from ...enclave.signing import load_key
 
@@ -175,6 +176,36 @@ def command(
             note(f"sign {gendata} with RSA-3072 (exponent 3), PKCS#1 v1.5, SHA-256")
     elif remote is not None:
         _finish(remote.sign(data, public_key.read_bytes() if public_key else None), output_path, as_json)
+
+
+def _check_fields(fields: dict[str, Any]) -> None:
+    """Refuse a SIGSTRUCT that no processor accepts, whatever the enclave (SDM vol. 3D, ECREATE and EINIT)."""
+    from ...errors import UsageError
+    from ...sgx.structs import ATTRIBUTE_INIT, XFRM_LEGACY
+
+    every = (1 << 64) - 1
+    xfrm_mask = fields.get("xfrm_mask", every)
+    for wrong, name, expected in (
+        (fields.get("vendor", 0) not in (0, 0x8086), "vendor", "0 or 0x8086"),
+        (
+            fields["xfrm"] & xfrm_mask & XFRM_LEGACY != xfrm_mask & XFRM_LEGACY,
+            "xfrm",
+            "bits 0 and 1 (x87 and SSE) set: every enclave has them",
+        ),
+        (
+            fields["attributes"] & fields.get("attribute_mask", every) & ATTRIBUTE_INIT,
+            "attributes",
+            "bit 0 (INIT) not set: the processor sets it after EINIT has compared",
+        ),
+    ):
+        if wrong:
+            raise UsageError(
+                f"no processor accepts a SIGSTRUCT with this {name}",
+                id=f"sgx.sign.{name}",
+                found=f"{fields[name]:#x}",
+                expected=expected,
+                remedy=f"correct --{name}",
+            )
 
 
 def _measure(source: str, libpal: Path | None = None, manifest: Path | None = None) -> tuple[bytes, dict[str, Any]]:
@@ -211,6 +242,8 @@ def _measure_gramine(source: Path, libpal: Path, manifest: Path | None) -> tuple
         # Where Gramine is installed, its LibOS is one directory above the loader's.
         text = gramine.with_hashes(text, libos=libpal.resolve().parent.parent / "libsysdb.so")
         write_output(manifest, text, mode=0o644)
+    else:
+        gramine.require_hashes(text)
     return measure(gramine.image(text, libpal.read_bytes())), dict(gramine.sigstruct_fields(text))
 
 

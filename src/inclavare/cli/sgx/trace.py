@@ -36,7 +36,9 @@ cleared.
 @click.command("trace", help=_HELP)
 @click.argument("enclave", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
-    "--sigstruct", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The SIGSTRUCT of ENCLAVE."
+    "--sigstruct",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The SIGSTRUCT of ENCLAVE.  [default: beside it]",
 )
 @click.option("--op", "operations", multiple=True, metavar="OP[=VALUE]", help="What to ask the skeleton; repeatable.")
 @click.option("--debug", is_flag=True, help="Load the skeleton with ATTRIBUTES.DEBUG.")
@@ -66,11 +68,13 @@ def command(
     from ...tee.sgx_sim.processor import Processor
     from ...tee.skeleton import symbols
 
-    if (enclave is None) != (sigstruct is None):
-        raise UsageError("an enclave needs its SIGSTRUCT, and the other way round", id="cli.trace.sigstruct")
+    if enclave is None and sigstruct is not None:
+        raise UsageError(
+            "a SIGSTRUCT needs its enclave", id="cli.trace.sigstruct", remedy="name the .sgxs stream that it signs"
+        )
     if enclave is not None and (operations or debug):
         raise UsageError("--op and --debug are for the skeleton enclave", id="cli.trace.op")
-    if enclave is None or sigstruct is None:
+    if enclave is None:
         image, signed = _skeleton(debug)
     else:
         image, signed = _read(enclave, sigstruct)
@@ -102,10 +106,27 @@ def _skeleton(debug: bool) -> tuple[EnclaveImage, bytes]:
     return image, sign_once(image)
 
 
-def _read(enclave: Path, sigstruct: Path) -> tuple[EnclaveImage, bytes]:
+def _read(enclave: Path, sigstruct: Path | None) -> tuple[EnclaveImage, bytes]:
     from ...sgx import sgxs
     from ...sgx.structs import ATTRIBUTE_INIT, Attributes, Sigstruct
+    from ._enclave_files import beside
 
+    with enclave.open("rb") as file:
+        if file.read(4) == b"\x7fELF":
+            raise UsageError(
+                f"{enclave} is a shared object, which is not traced",
+                id="cli.trace.kind",
+                expected="an .sgxs stream",
+                remedy="for an enclave of Intel's SDK use inclavare sgx measure",
+            )
+    sigstruct = sigstruct or next((file for file in beside(enclave) if file.is_file()), None)
+    if sigstruct is None:
+        raise UsageError(
+            f"there is no SIGSTRUCT for {enclave}",
+            id="cli.trace.sigstruct",
+            expected=" or ".join(file.name for file in beside(enclave)),
+            remedy="name it with --sigstruct, or make one with inclavare sgx sign",
+        )
     signed = sigstruct.read_bytes()
     parsed = Sigstruct.from_bytes(signed)
     attributes = Attributes.from_bytes(parsed.attributes)

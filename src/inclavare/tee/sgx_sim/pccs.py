@@ -108,6 +108,7 @@ def application(config: Config) -> Starlette:
             route(f"{SGX}/pckcert", _pck_certificate),
             route(f"{SGX}/pckcrl", _pck_crl),
             route(f"{SGX}/rootcacrl", _root_crl),
+            route(f"{SGX}/crl", _crl_of),
             route(f"{SGX}/tcb", lambda config, asked: _tcb_info(config, asked, tdx=False)),
             route(f"{TDX}/tcb", lambda config, asked: _tcb_info(config, asked, tdx=True)),
             route(f"{SGX}/qe/identity", lambda config, asked: _qe_identity(config, asked, tdx=False)),
@@ -236,6 +237,17 @@ def _pck_crl(config: Config, asked: dict[str, str]) -> _Answer:
 
 def _root_crl(config: Config, asked: dict[str, str]) -> _Answer:
     return _Answer(_collateral(config, tdx=False)["root_ca_crl"].encode(), "application/pkix-crl", {})
+
+
+def _crl_of(config: Config, asked: dict[str, str]) -> _Answer:
+    """The root's CRL, DER, by the distribution point in its certificates, as the quote provider library asks for it."""
+    from .provisioning import CRL_URL
+
+    if not asked.get("uri"):
+        raise _Refused(400, "The parameter uri is missing.")
+    if asked["uri"] != CRL_URL:
+        raise _Refused(404, "Not a distribution point of this platform's root.")
+    return _Answer(bytes.fromhex(_collateral(config, tdx=False)["root_ca_crl"]), "application/pkix-crl", {})
 
 
 def _tcb_info(config: Config, asked: dict[str, str], *, tdx: bool) -> _Answer:

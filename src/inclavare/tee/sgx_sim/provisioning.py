@@ -47,7 +47,7 @@ _OLD_TCB_DATE = "2024-01-01T00:00:00Z"
 # A machine without a clock battery may start in the past: certificates are valid from a fixed day.
 _NOT_BEFORE = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
 _NOT_AFTER = datetime.datetime(2049, 12, 31, 23, 59, 59, tzinfo=datetime.UTC)
-_CRL_URL = "https://sgx-sim.invalid/"
+CRL_URL = "https://sgx-sim.invalid/"
 
 _UP_TO_DATE = tcb.Tcb()
 #: Statuses that an update of the platform would mend.
@@ -373,7 +373,7 @@ def _certificate(
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
         .add_extension(
             x509.CRLDistributionPoints(
-                [x509.DistributionPoint([x509.UniformResourceIdentifier(_CRL_URL)], None, None, None)]
+                [x509.DistributionPoint([x509.UniformResourceIdentifier(CRL_URL)], None, None, None)]
             ),
             critical=False,
         )

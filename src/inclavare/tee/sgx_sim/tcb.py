@@ -78,7 +78,7 @@ class Tcb:
                 "the TCB evaluation data number is out of range",
                 id="tee.tcb.evaluation_number",
                 found=self.evaluation_number,
-                expected="1 or more",
+                expected=f"1 to {(1 << 31) - 1}",
             )
         return self
 
