@@ -27,6 +27,9 @@ echo "the key has $(wc -c < /dev/attestation/secrets/key) bytes"; md5sum < /dev/
 SECRET = b"correct horse battery staple"
 
 
+BROKER = '[attestation]\nverdictd = "https://verdictd"\ntrust_anchor = "system"\n'
+
+
 class Node(RuneBox):
     """A node and a relying party."""
 
@@ -285,6 +288,22 @@ def test_secret_vault(node: Node) -> None:
         ('[attestation]\nverdictd = "https://verdictd"\n', "kbs.trust_anchor"),
         ('[attestation]\nverdictd = "https://verdictd"\ntrust_anchor = "verdictd.pem"\n', "kbs.trust_anchor"),
         ('[[files.encrypted]]\npath = "/data"\nkey = "kbs:///a/b/c"\n', "runelet.secret.unavailable"),
+        (f'{BROKER}policy = "app@x@y"\n', "kbs.policy.name"),
+        *(
+            (
+                BROKER + "".join(f'[[secrets]]\nuri = "kbs:///a/b/c"\n{place}\n' for place in places),
+                "runelet.secret.place",
+            )
+            for places in (
+                ('path = "/run/k"', 'path = "/run/k"'),
+                ('env = "K"', 'env = "K"'),
+                ('path = "/run/k"', 'path = "/run/k/x"'),
+                ('path = "/run/k/x"', 'path = "/run/k"'),
+                ('path = "/dev/attestation/quote"',),
+                ('path = "/bin/true"',),
+                ('path = "/bin"',),
+            )
+        ),
     ],
 )
 def test_images_that_could_never_start_are_not_built(node: Node, manifest: str, id: str) -> None:

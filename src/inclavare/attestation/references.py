@@ -205,8 +205,9 @@ class ReferenceBundle:
         return cls(bundle, subjects, references, values, not_before, not_after, build, signers, envelope)
 
     def covers(self, wanted: str) -> bool:
-        """Whether this is the wanted bundle, or about the wanted image."""
-        return wanted == self.id or any(subject.covers(wanted) for subject in self.subjects)
+        """Whether this is the wanted bundle, by its id or its envelope's digest, or about the wanted image."""
+        digest = hashlib.sha256(self.envelope).hexdigest()
+        return wanted in (self.id, digest) or any(subject.covers(wanted) for subject in self.subjects)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""

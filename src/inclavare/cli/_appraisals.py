@@ -118,9 +118,9 @@ def moment(text: str) -> int:
     """
     try:
         if text.isdigit():
-            return int(text)
+            return int(datetime.fromtimestamp(int(text), UTC).timestamp())
         found = datetime.fromisoformat(text)
-    except ValueError:
+    except (ValueError, OverflowError, OSError):
         raise UsageError(
             "--at is not a time", id="cli.verify.time", found=text, expected="1767225600 or 2026-01-01T00:00:00Z"
         ) from None

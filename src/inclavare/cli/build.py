@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,9 @@ import click
 from ._enclaves import image_of, key_option, manifest_option, read_manifest, signing_key, tls_option
 from ._output import Steps, json_option, note, print_fields, print_json, size
 from ._references import bundle_options, signer, write_bundle
+
+#: A policy of a key broker, with its version or without.
+_POLICY = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(@[0-9]{1,9})?"
 
 if TYPE_CHECKING:
     from ..enclave.manifest import Manifest
@@ -97,17 +101,38 @@ def command(
         note("it runs on SGX hardware only; for a machine without, build with --tee sgx-sim")
 
 
-def _check_secrets(manifest: Manifest) -> None:
+def _check_secrets(manifest: Manifest, rootfs: Path) -> None:
     """Refuse now what would be refused at every start: a key broker or a secret that nobody could ask for.
 
     Raises:
-        InclavareError: ``kbs.*`` or ``runelet.secret.unavailable``.
+        InclavareError: ``kbs.*`` or ``runelet.secret.*``.
     """
+    from ..errors import UsageError
+
     if manifest.attestation.verdictd:
         from ..attestation.kbs_client import parse_service
 
         parse_service(manifest.attestation.verdictd, manifest.attestation.trust_anchor)
+    if manifest.attestation.policy and not re.fullmatch(_POLICY, manifest.attestation.policy):
+        raise UsageError(
+            "the policy that the key broker has to have appraised by cannot be one",
+            id="kbs.policy.name",
+            found=manifest.attestation.policy[:80],
+            expected="an id, or id@version",
+            remedy="correct [attestation] policy in enclave.toml",
+        )
     if manifest.secrets or manifest.files.encrypted:
         from ..runelet import broker
 
         broker.check(manifest)
+    for secret in manifest.secrets:
+        # Links are not followed: what they lead to is not the build host's to say.
+        place = rootfs / secret.path.lstrip("/")
+        if secret.path and place.is_dir() and not place.is_symlink():
+            raise UsageError(
+                f"the secret {secret.uri} cannot go to {secret.path}: the image has a directory there",
+                id="runelet.secret.place",
+                found=secret.path,
+                expected="a file",
+                remedy="name a file, for example below it, as path in [[secrets]]",
+            )

@@ -213,7 +213,7 @@ class Recipe:
         source_name: its name, for errors.
         tee: the only TEE platform, instead of the manifest's.
         debug: instead of the manifest's.
-        check: refuses manifests that could not be started, by what is known above this package.
+        check: refuses manifests that could not be started over a root file system, by what is known above this package.
     """
 
     key: RSAPrivateKey
@@ -222,7 +222,7 @@ class Recipe:
     source_name: str = "enclave.toml"
     tee: str | None = None
     debug: bool | None = None
-    check: Callable[[Manifest], None] | None = None
+    check: Callable[[Manifest, Path], None] | None = None
 
     def manifest(self, config: dict[str, Any], rootfs: Path) -> Manifest:
         """:func:`derive_manifest` with this recipe."""
@@ -230,7 +230,7 @@ class Recipe:
             config, rootfs, source=self.source, source_name=self.source_name, tee=self.tee, debug=self.debug
         )
         if self.check is not None:
-            self.check(made)
+            self.check(made, rootfs)
         return made
 
 

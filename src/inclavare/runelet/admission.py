@@ -305,7 +305,17 @@ def admit_env(entries: list[str], manifest: Manifest) -> list[str]:
             continue
         if name not in secrets and _matches(name, manifest.process.env_from_host):
             out[name] = value
-        elif not _matches(name, INJECTED):
+        elif _matches(name, INJECTED):
+            continue
+        elif name in secrets:
+            raise PolicyError(
+                f"the environment variable {name} comes from the host, and is to hold a secret",
+                id="admission.env.secret",
+                found=name,
+                expected="the value that the key broker releases",
+                remedy="leave it out: who runs the container must not replace a secret",
+            )
+        else:
             raise PolicyError(
                 f"the environment variable {name} comes from the host and the manifest does not allow it",
                 id="admission.env.refused",

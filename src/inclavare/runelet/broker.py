@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 #: Seconds until the broker is asked again after it could not be reached, or accepted this enclave no more.
 _RETRY = 30.0
 _SHORTEST = 1.0
+#: Directories that are the kernel's or the enclave runtime's own.
+_NO_PLACES = ("/dev/attestation", "/proc", "/sys")
 
 
 def check(manifest: Manifest) -> None:
@@ -30,8 +32,9 @@ def check(manifest: Manifest) -> None:
 
     Raises:
         PlatformError: ``runelet.secret.unavailable``.
-        UsageError: ``kbs.uri``.
+        UsageError: ``kbs.uri`` or ``runelet.secret.place``.
     """
+    _check_places(manifest)
     required = [secret.uri for secret in manifest.secrets if secret.required]
     required += [volume.key for volume in manifest.files.encrypted if volume.key.startswith("kbs")]
     for uri in (*required, *(secret.uri for secret in manifest.secrets)):
@@ -44,6 +47,34 @@ def check(manifest: Manifest) -> None:
             remedy="name it and build again, or set required = false and release the secret with `inclavare secret get`"
             " after the start",
         )
+
+
+def _check_places(manifest: Manifest) -> None:
+    """Each secret needs a place of its own.
+
+    Raises:
+        UsageError: ``runelet.secret.place``.
+    """
+    taken: dict[str, str] = {}
+    for secret in manifest.secrets:
+        place, why = secret.path or secret.env, ""
+        if place in taken:
+            why = f"{taken[place]} is to be there, too"
+        elif secret.path and any(place.startswith(f"{other}/") or other.startswith(f"{place}/") for other in taken):
+            why = "one secret's file cannot lie below another's"
+        elif secret.path and any(f"{place}/".startswith(f"{top}/") for top in _NO_PLACES):
+            why = "nothing can be placed there"
+        elif secret.path and manifest.process.args[:1] == (place,):
+            why = "it is the program that is started"
+        if why:
+            raise UsageError(
+                f"the secret {secret.uri} cannot go to {place}: {why}",
+                id="runelet.secret.place",
+                found=place,
+                expected="a place of its own",
+                remedy="correct path or env of [[secrets]] in enclave.toml and build again",
+            )
+        taken[place] = secret.uri
 
 
 class EnclaveAttester:

@@ -84,6 +84,8 @@ _FILES = {
 _EGETKEY, _COUNTER, _COLLATERAL = 16, 17, 18
 #: Seconds for which the platform is not asked for its collateral again; on hardware that is a call over the network.
 _COLLATERAL_AGE = 60.0
+#: Seconds for which one reader waits while another's request is under way.
+_COLLATERAL_WAIT = 5.0
 _TRANSACTIONS = {_EGETKEY: b"egetkey", _COUNTER: b"counter"}
 #: Bytes; a quote's length is the platform's and is asked for once.
 _SIZES = {10: 4, 11: REPORT_DATA_SIZE, 12: TARGET_INFO_SIZE, 13: TARGET_INFO_SIZE, 14: REPORT_SIZE}
@@ -113,6 +115,7 @@ class AttestFs:
         on_fault: Callable[[BaseException], None],
     ) -> None:
         self._calls = calls
+        self._on_fault = on_fault
         self._secrets = secrets
         self._uid, self._gid = owner
         self._lock = threading.Lock()
@@ -122,6 +125,7 @@ class AttestFs:
         self._quote_size = 0
         self._collateral = b""
         self._collateral_at = -_COLLATERAL_AGE
+        self._asking = threading.Lock()
         self._handles: dict[int, _Handle] = {}
         self._numbers = itertools.count(1)
         self._secret_nodes: dict[bytes, int] = {}
@@ -201,7 +205,8 @@ class AttestFs:
         if node == _COLLATERAL:
             try:
                 return len(self._current_collateral())
-            except Exception:  # a platform without collateral is no reason that the directory cannot be listed
+            except Exception as error:  # a platform without collateral is no reason that the directory cannot be listed
+                self._on_fault(error)
                 return 0
         size = _SIZES.get(node, 0)
         if size == 0 and self._quote_size == 0:
@@ -210,9 +215,15 @@ class AttestFs:
 
     def _current_collateral(self) -> bytes:
         """Empty where the platform was asked a moment ago and had none."""
-        if time.monotonic() - self._collateral_at >= _COLLATERAL_AGE:
-            self._collateral_at = time.monotonic()
-            self._collateral = self._calls.collateral()
+        # Not for long: quotes are served by the same threads.
+        if self._asking.acquire(timeout=_COLLATERAL_WAIT):
+            try:
+                if time.monotonic() - self._collateral_at >= _COLLATERAL_AGE:
+                    self._collateral_at = time.monotonic()
+                    self._collateral = b""
+                    self._collateral = self._calls.collateral()
+            finally:
+                self._asking.release()
         return self._collateral
 
     def _lookup(self, request: fuse.Request) -> bytes:

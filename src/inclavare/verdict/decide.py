@@ -43,7 +43,7 @@ from ..attestation.collateral import (
 from ..attestation.ear import EVIDENCE, SUBMODULE, EarIssuer, EarKey, EarVerifier, tee_public_key
 from ..attestation.jwe import TeeKey
 from ..attestation.rego import ResourceDecision, resource_policy
-from ..errors import AppraisalError, EvidenceError, InclavareError, PlatformError
+from ..errors import AppraisalError, EvidenceError, InclavareError, PlatformError, UsageError
 from . import metrics
 from .plugins import Plugin, Plugins, Request, Workload
 from .rules import BUILT_IN, NO_POLICY, Rule, RuleBook, Rules, make_rule, reason
@@ -179,8 +179,26 @@ class Decider:
         """
         digest = sha256(evidence.quote).hexdigest()
         rules = self._book.of(tenant)
-        policies = tuple(rule.label for rule in rules.attestation)
         started = time.perf_counter()
+        evidence, decision = self._judged(evidence, rules, nonce, digest)
+        if not decision.allowed and (changed := self._book.of(tenant, fresh=True)).basis != rules.basis:
+            # Whoever has just registered what this evidence needs does not have to wait for the cache.
+            rules = changed
+            evidence, decision = self._judged(evidence, rules, nonce, digest)
+        metrics.VERIFICATION.labels(decision.tee).observe(time.perf_counter() - started)
+        self._keep_evidence(tenant, evidence, decision)
+        self._audit(tenant, decision, key.holder, {"peer": peer})
+        if decision.appraisal is None or not decision.allowed:
+            self._store.sessions.refuse(tenant, session)
+            raise Denied(decision)
+        token = self._issue(tenant, decision.appraisal, evidence, key, rules, digest)
+        # Last, and exactly once: a token that nobody can present does no harm, one that was seen must be written down.
+        self._store.sessions.attest(tenant, session, holder=key.holder, claims={"evidence": digest}, token=token)
+        return token
+
+    def _judged(self, evidence: Evidence, rules: Rules, nonce: bytes, digest: str) -> tuple[Evidence, Decision]:
+        """The decision about evidence, and the evidence with the collateral that it was made with."""
+        policies = tuple(rule.label for rule in rules.attestation)
         try:
             with span("verify", tee=evidence.tee):
                 evidence = self._with_collateral(evidence)
@@ -194,16 +212,7 @@ class Decider:
             )
         if not decision.allowed and any(rule.policy is BUILT_IN for rule in rules.attestation):
             decision = replace(decision, reasons=tuple({**item, "remedy": NO_POLICY} for item in decision.reasons))
-        metrics.VERIFICATION.labels(decision.tee).observe(time.perf_counter() - started)
-        self._keep_evidence(tenant, evidence, decision)
-        self._audit(tenant, decision, key.holder, {"peer": peer})
-        if decision.appraisal is None or not decision.allowed:
-            self._store.sessions.refuse(tenant, session)
-            raise Denied(decision)
-        token = self._issue(tenant, decision.appraisal, evidence, key, rules, digest)
-        # Last, and exactly once: a token that nobody can present does no harm, one that was seen must be written down.
-        self._store.sessions.attest(tenant, session, holder=key.holder, claims={"evidence": digest}, token=token)
-        return token
+        return evidence, decision
 
     def jwks(self) -> dict[str, Any]:
         """The keys that tokens are verified with (RFC 7517)."""
@@ -579,7 +588,7 @@ def collateral_source(config: VerdictConfig) -> CollateralSource | None:
         elif name == "platform":
             made.append(PlatformSource())
         elif name.startswith("file:"):
-            made.append(FileSource(Path(name.removeprefix("file:"))))
+            made.append(_collateral_file(Path(name.removeprefix("file:"))))
         else:
             made.append(PccsSource(name, check_certificate=check))
     if not made:
@@ -595,6 +604,19 @@ def collateral_source(config: VerdictConfig) -> CollateralSource | None:
             for name, source in zip(config.collateral.sources, made, strict=True)
         ]
     )
+
+
+def _collateral_file(path: Path) -> FileSource:
+    """Refused when the service starts, not when the first client attests."""
+    if not path.is_file():
+        raise UsageError(
+            "the file with collateral is not there",
+            id="verdict.config.collateral",
+            found=str(path),
+            expected="JSON in dcap-qvl's layout",
+            remedy="correct [collateral] sources",
+        )
+    return FileSource(path)
 
 
 def _judge_again(rule: Rule, grant: Grant, rules: Rules) -> Appraisal:
@@ -640,10 +662,12 @@ def _plain(failure: Failure) -> dict[str, Any]:
 
 
 def _reason_text(item: dict[str, Any]) -> str:
-    text = str(item.get("claim") or item.get("message"))
-    for name in ("found", "expected"):
-        if item.get(name) is not None:
-            text += f", {name} {item[name]}"
+    claim, found, expected = (item.get(name) for name in ("claim", "found", "expected"))
+    text = str(claim or item.get("message"))
+    if found is not None:
+        text += f" {found}" if claim else f", found {found}"
+    if expected is not None:
+        text += f", expected {expected}"
     return f"{text} [{item['id']}]" + (f" ({item['remedy']})" if item.get("remedy") else "")
 
 

@@ -181,7 +181,8 @@ def test_secrets(login: Callable[..., str], verdictd: Service, tmp_path: Path) -
     assert "cli/key/1" in shown and "second" not in shown and base64.b64encode(b"second").decode() not in shown
     assert [one["version"] for one in good("secret", "list", "cli/key/1")] == [2, 1]
     assert refused("secret", "put", "cli/key/2", input=b"", code=2) == "verdict.api.secret.empty"
-    assert refused("secret", "put", "no-path", input=b"x", code=2) == "verdict.api.404"
+    for wrong in ("no-path", "a/b/c/d", "a//c"):
+        assert refused("secret", "put", wrong, input=b"x", code=2) == "cli.usage"
     assert refused("secret", "put", "cli/key/2", "--policy", "none", input=b"x", code=2) == (
         "verdict.store.secret.policy"
     )

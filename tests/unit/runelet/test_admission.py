@@ -411,4 +411,4 @@ def test_the_hosts_variables_never_stand_in_for_secrets() -> None:
     assert admission.admit_env(["APP_MODE=x"], manifest) == ["APP_MODE=x"]
     with pytest.raises(PolicyError) as caught:
         admission.admit_env(["APP_KEY=known"], manifest)
-    assert caught.value.id == "admission.env.refused" and caught.value.found == "APP_KEY"
+    assert caught.value.id == "admission.env.secret" and caught.value.found == "APP_KEY"

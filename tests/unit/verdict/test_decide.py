@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 from collections.abc import Iterator
+from hashlib import sha256
 from typing import Any
 
 import pytest
@@ -86,6 +88,21 @@ def test_reference_values_and_their_revocation(service: Service, client: Client,
     assert client.resource("app/key/1").error == "PolicyDeny"
     assert service.last_decision().detail["reasons"][0]["id"] == "policy.changed"
     assert "a vulnerability" in denied(client)
+
+
+@pytest.mark.parametrize("by", ["id", "digest"])
+def test_what_was_just_allowed_counts_at_once(service: Service, client: Client, signer: KeySigner, by: str) -> None:
+    """A reference value, named by its id or its digest, and a policy: a refusal rests on no cache."""
+    store, made = service.store, bundle(service, signer)
+    name = sha256(made if by == "digest" else base64.b64decode(json.loads(made)["payload"])).hexdigest()
+    service.default_policy(service.policy(mrenclave=None, reference_values=[name]), id="app")
+    assert "policy.reference.unknown" in denied(client)
+    store.references.register("default", made)
+    client.handshake()
+    service.default_policy(service.policy(b"somebody else"), id="app")
+    assert "policy.mrenclave" in denied(client)
+    store.policies.put("default", "app", "toml", service.policy())
+    client.handshake()
 
 
 def test_bundle_of_a_signer_who_is_trusted_no_more(service: Service, client: Client, signer: KeySigner) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import sys
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def put(
     as_json: bool,
 ) -> None:
     """Store the next version of the secret PATH (repo/type/tag)."""
+    if not re.fullmatch(r"[^/]+/[^/]+/[^/]+", path):
+        raise click.BadParameter(f"{path!r} is not repo/type/tag", param_hint="PATH")
     if source is None and sys.stdin.isatty():
         value = str(click.prompt("value", hide_input=True)).encode()
     else:

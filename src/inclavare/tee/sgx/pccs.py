@@ -250,5 +250,6 @@ def _unavailable(found: str) -> NoReturn:
         "collateral for this platform's quotes cannot be had",
         id="tee.sgx.pccs",
         found=found,
-        remedy=f"set pccs_url in /{CONFIGURATION} to a PCCS that knows this platform, or get collateral elsewhere",
+        remedy=f"name a PCCS that knows this platform (pccs_url in /{CONFIGURATION}, or --pccs URL), "
+        "or get collateral elsewhere",
     )
