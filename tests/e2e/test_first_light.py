@@ -316,6 +316,19 @@ def test_images_that_could_never_start_are_not_built(node: Node, manifest: str, 
     assert not (node.base / "image").exists()
 
 
+def test_a_link_of_the_image_does_not_lead_to_the_hosts_directories(node: Node) -> None:
+    source = node.bundle() / "rootfs"
+    (source / "etc2").symlink_to("/etc")
+    (source / "real").mkdir()
+    (source / "linked").symlink_to("/real")
+    for path, code in (("/etc2/ssl", 0), ("/linked", 2)):
+        toml = node.base / "enclave.toml"
+        secret = f'[[secrets]]\nuri = "kbs:///a/b/c"\npath = "{path}"\n'
+        toml.write_text(f'{BROKER}{secret}[process]\nargs = ["/bin/true"]\n')
+        done = node.inclavare("build", source, node.base / f"image{code}", "-m", toml, "--tee", "sgx-sim", "--json")
+        assert done.returncode == code, done.stdout
+
+
 def test_required_secret_without_a_broker_stops_the_start(node: Node) -> None:
     """An image may be older than the build's own check."""
     template = node.base / "default.toml"

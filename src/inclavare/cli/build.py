@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,11 +13,11 @@ from ._enclaves import image_of, key_option, manifest_option, read_manifest, sig
 from ._output import Steps, json_option, note, print_fields, print_json, size
 from ._references import bundle_options, signer, write_bundle
 
-#: A policy of a key broker, with its version or without.
-_POLICY = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(@[0-9]{1,9})?"
-
 if TYPE_CHECKING:
     from ..enclave.manifest import Manifest
+
+#: A policy of a key broker, with its version or without.
+_POLICY = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(@[0-9]{1,9})?"
 
 
 @click.command("build")
@@ -125,14 +126,27 @@ def _check_secrets(manifest: Manifest, rootfs: Path) -> None:
         from ..runelet import broker
 
         broker.check(manifest)
-    for secret in manifest.secrets:
-        # Links are not followed: what they lead to is not the build host's to say.
-        place = rootfs / secret.path.lstrip("/")
-        if secret.path and place.is_dir() and not place.is_symlink():
-            raise UsageError(
-                f"the secret {secret.uri} cannot go to {secret.path}: the image has a directory there",
-                id="runelet.secret.place",
-                found=secret.path,
-                expected="a file",
-                remedy="name a file, for example below it, as path in [[secrets]]",
-            )
+    root = os.open(rootfs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for secret in manifest.secrets:
+            if secret.path and _is_directory(root, secret.path):
+                raise UsageError(
+                    f"the secret {secret.uri} cannot go to {secret.path}: the image has a directory there",
+                    id="runelet.secret.place",
+                    found=secret.path,
+                    expected="a file",
+                    remedy="name a file, for example below it, as path in [[secrets]]",
+                )
+    finally:
+        os.close(root)
+
+
+def _is_directory(root: int, path: str) -> bool:
+    """Whether a path is one inside the image, whatever its links say."""
+    from ..enclave.paths import open_in_root
+
+    try:
+        os.close(open_in_root(root, path, os.O_PATH | os.O_DIRECTORY))
+    except OSError:
+        return False
+    return True
