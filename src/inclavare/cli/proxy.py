@@ -144,7 +144,7 @@ def _teller(path: Path | None, mode: str, *, as_json: bool) -> Callable[..., Non
     log = EventLog(path, proxy=mode)
 
     def tell(event: str, **fields: Any) -> None:
-        level = "warning" if event in ("proxy.refused", "proxy.full") else "info"
+        level = "warning" if event in ("proxy.refused", "proxy.broken", "proxy.full") else "info"
         log.event(event, level=level, **fields)
         if as_json:
             click.echo(json.dumps({"event": event, **fields}))

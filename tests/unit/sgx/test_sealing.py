@@ -320,6 +320,7 @@ def test_roll_back_by_number() -> None:
     "wrong",
     [
         CounterNumber("", b"i" * 16, 4),
+        CounterNumber("", bytes(16), 1),
         CounterNumber("a/b", b"i" * 16, 4),
         CounterNumber("state", bytes(16), 4),
         CounterNumber("state", b"i" * 16, 0),

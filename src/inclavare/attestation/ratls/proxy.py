@@ -184,7 +184,9 @@ class _Pair:
         if not self._ended:
             reason = exc.__cause__ if exc is not None else None
             if isinstance(reason, InclavareError):
-                self._proxy.refused(self._address, reason)
+                # Whoever counts refusals must not count those that were accepted and broke off.
+                broke_off = self._timer is not None and reason.id == "ratls.truncated"
+                (self._proxy.broken if broke_off else self._proxy.refused)(self._address, reason)
         self.end()
 
     def end(self) -> None:
@@ -294,6 +296,10 @@ class Proxy:
     def refused(self, address: Any, error: InclavareError) -> None:
         """A peer is not who it should be, or cannot be reached."""
         self.tell("proxy.refused", address=_text(address), reason=error.to_dict())
+
+    def broken(self, address: Any, error: InclavareError) -> None:
+        """A pair that was complete breaks off."""
+        self.tell("proxy.broken", address=_text(address), reason=error.to_dict())
 
     def ended(self, pair: _Pair, address: Any, count: int) -> None:
         """A pair is gone."""
