@@ -199,6 +199,21 @@ def test_a_client_of_another_implementation(sites: tuple[Site, Site]) -> None:
             assert sock.makefile("rb").read() == b"ABC"
 
 
+def test_who_was_accepted_and_breaks_off_is_not_counted_as_refused(sites: tuple[Site, Site]) -> None:
+    server, _ = sites
+    with (
+        plain_server(lambda sock: sock.sendall(sock.recv(100))) as backend,
+        proxy(server, *server_arguments(server, backend)) as inner,
+        ratls.connect("127.0.0.1", inner.port, ratls.client_context(server.enclave.policy)) as sock,
+    ):
+        sock.sendall(b"x")
+        with socket.socket(fileno=os.dup(sock.fileno())) as bare:
+            bare.shutdown(socket.SHUT_RDWR)  # without the alert that ends TLS
+        assert inner.event("proxy.broken")["reason"]["id"] == "ratls.truncated"
+        inner.event("proxy.ended")
+        assert "proxy.refused" not in [event["event"] for event in inner.seen]
+
+
 def test_limits(sites: tuple[Site, Site]) -> None:
     server, _ = sites
     arguments = ("--max-connections", "2", "--handshake-timeout", "1", "--idle", "1")
