@@ -505,8 +505,6 @@ def test_an_authority_as_trust_anchor(world: World, image: Path) -> None:
     other = world.inclavare("sgx", "platform", "show", "--root-ca").stdout
     foreign = world.build("foreign", manifest=world.manifest(anchor=other), script=SCRIPT)
     assert "kbs.tls.certificate" in world.refused(foreign)
-    unpinned = world.build("unpinned", manifest=world.manifest(anchor=""), script=SCRIPT)
-    assert "kbs.trust_anchor" in world.refused(unpinned)
 
 
 def test_the_host_cannot_take_a_secrets_place(world: World, image: Path) -> None:
