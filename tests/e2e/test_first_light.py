@@ -288,7 +288,7 @@ def test_secret_vault(node: Node) -> None:
         ('[attestation]\nverdictd = "https://verdictd"\n', "kbs.trust_anchor"),
         ('[attestation]\nverdictd = "https://verdictd"\ntrust_anchor = "verdictd.pem"\n', "kbs.trust_anchor"),
         ('[[files.encrypted]]\npath = "/data"\nkey = "kbs:///a/b/c"\n', "runelet.secret.unavailable"),
-        (f'{BROKER}policy = "app@x@y"\n', "kbs.policy.name"),
+        (f'{BROKER}policy = "an app"\n', "kbs.policy.name"),
         *(
             (
                 BROKER + "".join(f'[[secrets]]\nuri = "kbs:///a/b/c"\n{place}\n' for place in places),

@@ -16,8 +16,8 @@ from ._references import bundle_options, signer, write_bundle
 if TYPE_CHECKING:
     from ..enclave.manifest import Manifest
 
-#: A policy of a key broker, with its version or without.
-_POLICY = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(@[0-9]{1,9})?"
+#: A policy of a key broker, with ``@version`` or without; verdictd's ids may have an @ of their own.
+_POLICY = r"[A-Za-z0-9_][A-Za-z0-9._@+-]{0,137}"
 
 
 @click.command("build")
