@@ -178,13 +178,8 @@ class Decider:
             InclavareError: it could not be written down.
         """
         digest = sha256(evidence.quote).hexdigest()
-        rules = self._book.of(tenant)
         started = time.perf_counter()
-        evidence, decision = self._judged(evidence, rules, nonce, digest)
-        if not decision.allowed and (changed := self._book.of(tenant, fresh=True)).basis != rules.basis:
-            # Whoever has just registered what this evidence needs does not have to wait for the cache.
-            rules = changed
-            evidence, decision = self._judged(evidence, rules, nonce, digest)
+        evidence, rules, decision = self._judged("kbs.attest", tenant, evidence, nonce, digest)
         metrics.VERIFICATION.labels(decision.tee).observe(time.perf_counter() - started)
         self._keep_evidence(tenant, evidence, decision)
         self._audit(tenant, decision, key.holder, {"peer": peer})
@@ -196,20 +191,33 @@ class Decider:
         self._store.sessions.attest(tenant, session, holder=key.holder, claims={"evidence": digest}, token=token)
         return token
 
-    def _judged(self, evidence: Evidence, rules: Rules, nonce: bytes, digest: str) -> tuple[Evidence, Decision]:
-        """The decision about evidence, and the evidence with the collateral that it was made with."""
+    def _judged(
+        self, action: str, tenant: str, evidence: Evidence, nonce: bytes | None, digest: str
+    ) -> tuple[Evidence, Rules, Decision]:
+        """The evidence with its collateral, the rules that it was judged by, and the decision.
+
+        A refusal rests on no cache: whoever has just registered what this evidence needs does not have to wait.
+        """
+        rules = self._book.of(tenant)
+        evidence, decision = self._decision(action, evidence, rules, nonce, digest)
+        if not decision.allowed and (changed := self._book.of(tenant, fresh=True)).basis != rules.basis:
+            rules = changed
+            evidence, decision = self._decision(action, evidence, rules, nonce, digest)
+        return evidence, rules, decision
+
+    def _decision(
+        self, action: str, evidence: Evidence, rules: Rules, nonce: bytes | None, digest: str
+    ) -> tuple[Evidence, Decision]:
         policies = tuple(rule.label for rule in rules.attestation)
         try:
             with span("verify", tee=evidence.tee):
                 evidence = self._with_collateral(evidence)
                 appraisal = judge(evidence, rules, nonce=nonce, now=int(self._clock()))
         except InclavareError as error:
-            decision = Decision("kbs.attest", False, (reason(error),), policies, digest, evidence.tee)
+            decision = Decision(action, False, (reason(error),), policies, digest, evidence.tee)
         else:
             reasons = tuple(_plain(failure) for failure in appraisal.failures)
-            decision = Decision(
-                "kbs.attest", appraisal.accepted, reasons, policies, digest, appraisal.claims.tee, appraisal
-            )
+            decision = Decision(action, appraisal.accepted, reasons, policies, digest, appraisal.claims.tee, appraisal)
         if not decision.allowed and any(rule.policy is BUILT_IN for rule in rules.attestation):
             decision = replace(decision, reasons=tuple({**item, "remedy": NO_POLICY} for item in decision.reasons))
         return evidence, decision
@@ -279,25 +287,18 @@ class Decider:
             InclavareError: it could not be written down.
         """
         digest = sha256(evidence.quote).hexdigest()
-        rules = self._book.of(tenant)
-        policies = tuple(rule.label for rule in rules.attestation)
         assert evidence.certificate is not None
         holder = sha256(evidence.certificate.public_key).hexdigest()
-        try:
-            appraisal = judge(self._with_collateral(evidence), rules, nonce=None, now=int(self._clock()))
-        except InclavareError as error:
-            decision = Decision("secret_prov.release", False, (reason(error),), policies, digest, evidence.tee)
-            self._audit(tenant, decision, holder, {"peer": peer})
-            raise Denied(decision) from None
-        if not appraisal.accepted:
-            reasons = tuple(_plain(failure) for failure in appraisal.failures)
-            tee = appraisal.claims.tee
-            decision = Decision("secret_prov.release", False, reasons, policies, digest, tee, appraisal)
+        _, rules, decision = self._judged("secret_prov.release", tenant, evidence, None, digest)
+        appraisal = decision.appraisal
+        if appraisal is None or not decision.allowed:
             self._audit(tenant, decision, holder, {"peer": peer})
             raise Denied(decision)
         key = EarKey.generate()
         issuer = EarIssuer([key])
-        token = EarVerifier(issuer.jwks()).verify(issuer.issue(appraisal, tee_pubkey=None, policy_ids=policies))
+        token = EarVerifier(issuer.jwks()).verify(
+            issuer.issue(appraisal, tee_pubkey=None, policy_ids=decision.policies)
+        )
         workload = Workload(holder, None, appraisal.claims, digest)
         grant = Grant(workload, token, Context(), rules.basis)
         request = Request("resource", tuple(path.split("/")))
