@@ -206,8 +206,9 @@ class ReferenceBundle:
 
     def covers(self, wanted: str) -> bool:
         """Whether this is the wanted bundle, by its id or its envelope's digest, or about the wanted image."""
-        digest = hashlib.sha256(self.envelope).hexdigest()
-        return wanted in (self.id, digest) or any(subject.covers(wanted) for subject in self.subjects)
+        if wanted == self.id or any(subject.covers(wanted) for subject in self.subjects):
+            return True
+        return len(wanted) == 64 and wanted == hashlib.sha256(self.envelope).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""

@@ -107,9 +107,7 @@ def _skeleton(debug: bool) -> tuple[EnclaveImage, bytes]:
 
 
 def _read(enclave: Path, sigstruct: Path | None) -> tuple[EnclaveImage, bytes]:
-    from ...sgx import sgxs
-    from ...sgx.structs import ATTRIBUTE_INIT, Attributes, Sigstruct
-    from ._enclave_files import beside
+    from ._enclave_files import beside, open_enclave
 
     with enclave.open("rb") as file:
         if file.read(4) == b"\x7fELF":
@@ -119,22 +117,15 @@ def _read(enclave: Path, sigstruct: Path | None) -> tuple[EnclaveImage, bytes]:
                 expected="an .sgxs stream",
                 remedy="for an enclave of Intel's SDK use inclavare sgx measure",
             )
-    sigstruct = sigstruct or next((file for file in beside(enclave) if file.is_file()), None)
-    if sigstruct is None:
+    found = open_enclave(enclave, sigstruct)
+    if found.sigstruct is None:
         raise UsageError(
             f"there is no SIGSTRUCT for {enclave}",
             id="cli.trace.sigstruct",
             expected=" or ".join(file.name for file in beside(enclave)),
             remedy="name it with --sigstruct, or make one with inclavare sgx sign",
         )
-    signed = sigstruct.read_bytes()
-    parsed = Sigstruct.from_bytes(signed)
-    attributes = Attributes.from_bytes(parsed.attributes)
-    with enclave.open("rb") as file:
-        image = sgxs.read(
-            file, attributes=attributes.flags & ~ATTRIBUTE_INIT, xfrm=attributes.xfrm, miscselect=parsed.miscselect
-        )
-    return image, signed
+    return found.image(), found.sigstruct.to_bytes()
 
 
 def _operate(enclave: EmulatedEnclave, operations: tuple[str, ...], emit: _Emit, *, evict: bool, as_json: bool) -> None:
