@@ -323,7 +323,8 @@ def test_a_link_of_the_image_does_not_lead_to_the_hosts_directories(node: Node) 
     (source / "linked").symlink_to("/real")
     for path, code in (("/etc2/ssl", 0), ("/linked", 2)):
         toml = node.base / "enclave.toml"
-        secret = f'[[secrets]]\nuri = "kbs:///a/b/c"\npath = "{path}"\n'
+        # Any policy id that verdictd's store takes will do, an @ of its own included.
+        secret = f'policy = "_team@app+1@3"\n[[secrets]]\nuri = "kbs:///a/b/c"\npath = "{path}"\n'
         toml.write_text(f'{BROKER}{secret}[process]\nargs = ["/bin/true"]\n')
         done = node.inclavare("build", source, node.base / f"image{code}", "-m", toml, "--tee", "sgx-sim", "--json")
         assert done.returncode == code, done.stdout
