@@ -32,7 +32,7 @@ def run(call: Call) -> NoReturn:
     bundle = Path(call.values.get("--bundle") or call.values.get("-b") or ".").absolute()
     name = config_file(call, str(bundle))
     document = check_shape(_read(Path(name)))
-    directory = _claim(call, config, container)
+    directory = directory_of(call, config)
     pid_file = Path(call.values.get("--pid-file") or directory / "pid").absolute()
     job = Job(
         id=container,
@@ -45,25 +45,24 @@ def run(call: Call) -> NoReturn:
         node=config,
     )
     try:
-        pid_file.unlink(missing_ok=True)  # a stale one would name a process of somebody else
-        write_meta(directory, id=container, root=call.root, bundle=str(bundle), created=time.time())
         ready, namespace = spawn(
             job,
+            claim=lambda: _claim(call, job),
             delete=lambda: _quietly(call, config, "delete", "--force", container),
             kill_all=lambda: _quietly(call, config, "kill", "--all", container, "KILL"),
         )
     except OSError as error:
-        remove_traces(job.places, everything=True)
-        raise ResourceError(
-            f"the enclave container could not be started: {error.strerror}",
-            id="rune.create.failed",
-            found=error.filename,
-            remedy="make room on that disk, or set run_dir in /etc/inclavare/config.toml",
-        ) from None
-    except BaseException:
-        remove_traces(job.places, everything=True)
-        raise
+        raise _cannot_start(error) from None
     _become_low_level(call, config, ready, namespace, pid_file)
+
+
+def _cannot_start(error: OSError) -> ResourceError:
+    return ResourceError(
+        f"the enclave container could not be started: {error.strerror}",
+        id="rune.create.failed",
+        found=error.filename,
+        remedy="make room on that disk, or set run_dir in /etc/inclavare/config.toml",
+    )
 
 
 def _read(path: Path) -> Any:
@@ -83,9 +82,19 @@ def _read(path: Path) -> Any:
         ) from None
 
 
-def _claim(call: Call, config: Config, container: str) -> Path:
+def _claim(call: Call, job: Job) -> None:
     """Make the container's directory; whoever makes it owns the id."""
-    directory = directory_of(call, config)
+    _make_directory(call, job)
+    try:
+        job.pid_file.unlink(missing_ok=True)  # a stale one would name a process of somebody else
+        write_meta(job.directory, id=job.id, root=job.root, bundle=str(job.bundle), created=time.time())
+    except OSError as error:
+        remove_traces(job.places, everything=True)
+        raise _cannot_start(error) from None
+
+
+def _make_directory(call: Call, job: Job) -> None:
+    container, directory = job.id, job.directory
     deadline = time.monotonic() + _ID_WAIT
     while True:
         if os.path.lexists(f"{call.root}/{container}"):
@@ -93,7 +102,7 @@ def _claim(call: Call, config: Config, container: str) -> Path:
         try:
             directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             directory.mkdir(mode=0o700)
-            return directory
+            return
         except FileExistsError:
             pass
         except FileNotFoundError:
@@ -105,7 +114,7 @@ def _claim(call: Call, config: Config, container: str) -> Path:
                 remedy="make room on that disk, or set run_dir in /etc/inclavare/config.toml",
             ) from None
         if _is_abandoned(directory):
-            _take_back(call, config, container, directory)
+            _take_back(call, job.node, container, directory)
         elif time.monotonic() > deadline:
             raise _exists(container)
         else:

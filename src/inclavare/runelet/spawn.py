@@ -10,20 +10,24 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from ..errors import InclavareError, PlatformError
-from .job import Job, lock
+from .job import Job, lock, remove_traces
 
 #: Largest message from the runelet to rune.
 _MESSAGE = 1 << 16
 
 
-def spawn(job: Job, *, delete: Callable[[], None], kill_all: Callable[[], None]) -> tuple[dict[str, Any], int]:
+def spawn(
+    job: Job, *, claim: Callable[[], None], delete: Callable[[], None], kill_all: Callable[[], None]
+) -> tuple[dict[str, Any], int]:
     """Fork guard and runelet.
 
     The caller then enters the namespace and becomes the low-level runtime; the guard takes that process's end before
     the container exists as a failed creation, and takes everything back.
 
     Args:
-        job: the container; its directory exists and is the caller's.
+        job: the container.
+        claim: makes its directory; called in the guard, so that there is no moment in which the caller's end would
+            leave it behind. Its :class:`InclavareError` is the caller's.
         delete: ``delete --force`` with the low-level runtime; called in the guard.
         kill_all: kills all processes of the container; called in the guard.
 
@@ -31,7 +35,7 @@ def spawn(job: Job, *, delete: Callable[[], None], kill_all: Callable[[], None])
         what the runelet published, and a file descriptor of its mount namespace.
 
     Raises:
-        InclavareError: the runelet refused; everything has been taken back.
+        InclavareError: the claim or the runelet refused; everything has been taken back.
     """
     link, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     caller = os.pidfd_open(os.getpid())
@@ -41,7 +45,7 @@ def spawn(job: Job, *, delete: Callable[[], None], kill_all: Callable[[], None])
         if os.fork() != 0:
             os._exit(0)
         link.close()
-        _guard(job, caller, far, delete, kill_all)
+        _guard(job, caller, far, claim, delete, kill_all)
     far.close()
     os.close(caller)
     os.waitpid(child, 0)
@@ -71,15 +75,27 @@ def _await_end(link: socket.socket) -> None:
 
 
 def _guard(
-    job: Job, caller: int, link: socket.socket, delete: Callable[[], None], kill_all: Callable[[], None]
+    job: Job,
+    caller: int,
+    link: socket.socket,
+    claim: Callable[[], None],
+    delete: Callable[[], None],
+    kill_all: Callable[[], None],
 ) -> NoReturn:
     """Body of the guard process."""
+    claimed = False
     try:
         os.setsid()
         os.chdir("/")
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE):
             signal.signal(number, signal.SIG_IGN)
         _detach({caller, link.fileno()})
+        try:
+            claim()
+        except InclavareError as error:
+            link.send(json.dumps({"error": error.to_dict()}).encode())
+            os._exit(0)
+        claimed = True
         held = lock(job.directory)
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         runelet = os.fork()
@@ -98,6 +114,8 @@ def _guard(
         EventLog(job.node.log_dir / "runelet.log", container=job.id).event(
             "guard.fault", level="error", reason=f"{type(error).__name__}: {error}"
         )
+        if claimed:
+            remove_traces(job.places, everything=True)
         os._exit(1)
     os._exit(0)
 
